@@ -1,0 +1,1 @@
+"""Perceiver, Perceiver IO and Perceiver AR in plain PyTorch."""
