@@ -1,0 +1,334 @@
+"""Data: the byte tokenizer, text corpora, and the order in which examples are read.
+
+What a training step sees is a pure function of (seed, step, index in the global batch). So there is no state to save,
+and the number of ranks, workers and micro-batches changes nothing.
+"""
+import codecs
+import hashlib
+import signal
+import sys
+import sysconfig
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from perceiver.config import require
+from perceiver.distributed import Ranks
+from perceiver.errors import UserError
+
+IGNORE = -100  # label of a position that has no loss, cross_entropy's default
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+class ByteTokenizer:
+    """UTF-8 bytes after six special tokens: byte b is token b + 6 (DeepMind's bytes_tokenizer.py)."""
+    PAD, BOS, EOS, MASK, CLS, SEP = range(6)
+    OFFSET = 6
+    vocab_size = 262
+
+    def encode(self, text: str | bytes) -> list[int]:
+        data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+        return [byte + self.OFFSET for byte in data]
+
+    def decode(self, tokens: list[int]) -> str:
+        """Special tokens are left out, bytes that are no UTF-8 become U+FFFD."""
+        return self.stream(tokens, self.new_stream(), final=True)
+
+    def new_stream(self) -> codecs.IncrementalDecoder:
+        return codecs.getincrementaldecoder("utf-8")("replace")
+
+    def stream(self, tokens: list[int], state: codecs.IncrementalDecoder, final: bool = False) -> str:
+        """The text that is complete with these tokens; the bytes of an unfinished character wait in `state`."""
+        return state.decode(bytes(token - self.OFFSET for token in tokens if token >= self.OFFSET), final)
+
+
+class IdTokenizer:
+    """Token ids written as numbers, for corpora that come as ids: "17 4 256" <-> [17, 4, 256]."""
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [int(word) for word in text.split()]
+        except ValueError:
+            raise UserError("the model was trained on token ids: the prompt must be numbers, like '17 4 256'") from None
+
+    def decode(self, tokens: list[int]) -> str:
+        return " ".join(map(str, tokens))
+
+    def new_stream(self) -> None:
+        return None
+
+    def stream(self, tokens: list[int], state: None, final: bool = False) -> str:
+        return "".join(f" {token}" for token in tokens)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text corpora
+
+
+@dataclass
+class TextDataConfig:
+    dataset: str = "stdlib"  # stdlib (.py files of this Python), wikitext103 or enwik8; not used with a path
+    path: str | None = None  # own data: a text file, a folder of them, or token ids in .npy or .bin
+    bin_dtype: str = "uint16"  # of the ids in a .bin file: uint8 or uint16
+    cache_dir: str = "data"  # where a dataset is looked for, and downloaded to if it is not there
+    val_fraction: float = 0.05  # share held out for validation: files of a folder, or the end of a file
+    max_val_tokens: int = 1_000_000  # validation uses this many at most, from the first
+    batch_size: int = 16  # examples of one optimizer step, over all ranks and micro-batches
+    num_workers: int = 0  # processes that load data, per rank; 0: the training process itself
+
+    def __post_init__(self):
+        require(self.dataset in ("stdlib", *DOWNLOADS),
+                f"dataset={self.dataset!r} must be stdlib, {' or '.join(DOWNLOADS)}; your own text goes in data.path")
+        require(self.bin_dtype in ("uint8", "uint16"), f"bin_dtype={self.bin_dtype!r} must be uint8 or uint16")
+        require(0 < self.val_fraction < 1, f"val_fraction={self.val_fraction} must be between 0 and 1")
+        require(self.max_val_tokens >= 2, f"max_val_tokens={self.max_val_tokens} must be at least 2")
+        require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
+        require(self.num_workers >= 0, f"num_workers={self.num_workers} must not be negative")
+
+    @property
+    def holds_ids(self) -> bool:
+        """Whether the corpus is token ids rather than text."""
+        return self.path is not None and bool(list(id_files(Path(self.path))))
+
+
+@dataclass
+class Tokens:
+    """A corpus in memory or mapped from disk: token ids are `values` + `offset`."""
+    values: np.ndarray  # (number of tokens,), uint8 or wider
+    offset: int = 0
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self.values[part].astype(np.int64) + self.offset
+
+    def split(self, val_fraction: float) -> tuple["Tokens", "Tokens"]:
+        """The first part for training and the end for validation."""
+        first = int(len(self) * (1 - val_fraction))
+        return Tokens(self.values[:first], self.offset), Tokens(self.values[first:], self.offset)
+
+
+# Folders that come with a split of their own: files for training and for validation.
+SPLIT_FILES = (("wiki.train.raw", "wiki.valid.raw"), ("wiki.train.tokens", "wiki.valid.tokens"),
+               ("train.txt", "val.txt"), ("train.bin", "val.bin"), ("train.npy", "val.npy"))
+
+# name: address, SHA-256 of the zip if it is known, and where in cache_dir the data lies once unpacked
+DOWNLOADS = {
+    "wikitext103": ("https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
+                    "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794", "wikitext-103-raw"),
+    "enwik8": ("http://mattmahoney.net/dc/enwik8.zip", None, "enwik8"),
+}
+ENWIK8_BYTES, ENWIK8_MD5 = 100_000_000, "a1fa5ffddb56f4953e226637dabbb36a"
+
+
+def load_text(config: TextDataConfig) -> tuple[Tokens, Tokens]:
+    """The training and the validation corpus. Raises UserError if there is no file, or nothing in it."""
+    if config.path is not None:
+        source = Path(config.path)
+    elif config.dataset == "stdlib":
+        source = Path(sysconfig.get_path("stdlib"))
+        train, val = split_files(source, stdlib_files(source), config.val_fraction)
+        return train, Tokens(val.values[: config.max_val_tokens], val.offset)
+    else:
+        source = fetch(config.dataset, Path(config.cache_dir))
+
+    if not source.exists():
+        raise UserError(f"data.path={source} does not exist")
+    pairs = [(source / train, source / val) for train, val in SPLIT_FILES] if source.is_dir() else []
+    pair = next((pair for pair in pairs if all(file.is_file() for file in pair)), None)
+    if pair is not None:
+        train, val = (read_tokens(file, config.bin_dtype) for file in pair)
+    elif source.is_dir():
+        files = [file for file in sorted(source.rglob("*"))
+                 if file.is_file() and not any(part.startswith(".") for part in file.relative_to(source).parts)]
+        train, val = split_files(source, [file for file in files if is_text(file)], config.val_fraction)
+    elif source.stat().st_size == ENWIK8_BYTES and source.name == "enwik8":
+        tokens = read_tokens(source, config.bin_dtype)  # the customary split: 90, 5 and 5 MB, the last for testing
+        train, val = Tokens(tokens.values[:90_000_000], tokens.offset), Tokens(
+            tokens.values[90_000_000:95_000_000], tokens.offset)
+    else:
+        train, val = read_tokens(source, config.bin_dtype).split(config.val_fraction)
+    val = Tokens(val.values[: config.max_val_tokens], val.offset)
+    if len(train) == 0 or len(val) < 2:
+        raise UserError(f"{source} leaves {len(train)} tokens to train on and {len(val)} to validate on; "
+                        "give more text, or raise data.val_fraction")
+    return train, val
+
+
+def id_files(source: Path) -> Iterator[Path]:
+    """The files with token ids that `source` is or, next to each other as a split, holds."""
+    for file in ([source] if not source.is_dir() else [source / name for pair in SPLIT_FILES for name in pair]):
+        if file.suffix in (".npy", ".bin") and file.is_file():
+            yield file
+
+
+def read_tokens(file: Path, bin_dtype: str) -> Tokens:
+    """A file mapped to memory: ids from .npy and .bin, bytes from anything else."""
+    try:
+        if file.stat().st_size == 0:
+            raise UserError(f"{file} is empty")
+        if file.suffix == ".npy":
+            values = np.load(file, mmap_mode="r", allow_pickle=False)
+            if values.ndim != 1 or values.dtype.kind not in "iu":
+                raise UserError(f"{file} holds {values.dtype} of shape {values.shape}; token ids must be integers (n,)")
+            return Tokens(values)
+        if file.suffix == ".bin":
+            return Tokens(np.memmap(file, bin_dtype, mode="r"))
+        return Tokens(np.memmap(file, np.uint8, mode="r"), ByteTokenizer.OFFSET)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def stdlib_files(folder: Path) -> list[Path]:
+    """The Python files of the interpreter's standard library, without tests and installed packages."""
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    return [file for file in sorted(folder.rglob("*.py")) if not left_out & set(file.relative_to(folder).parts)]
+
+
+def is_text(file: Path) -> bool:
+    with open(file, "rb") as stream:
+        return b"\0" not in stream.read(8192)
+
+
+def split_files(folder: Path, files: list[Path], val_fraction: float) -> tuple[Tokens, Tokens]:
+    """The bytes of text files; every 1 / val_fraction-th file is for validation, or the end of all if they are few."""
+    files = [file for file in files if file.stat().st_size]
+    if not files:
+        raise UserError(f"{folder} holds no text files")
+    every = round(1 / val_fraction)
+
+    def read(files: list[Path]) -> Tokens:
+        return Tokens(np.concatenate([np.fromfile(file, np.uint8) for file in files]), ByteTokenizer.OFFSET)
+
+    if len(files) < every:
+        return read(files).split(val_fraction)
+    val = files[every // 2 :: every]
+    return read([file for file in files if file not in set(val)]), read(val)
+
+
+def fetch(name: str, cache_dir: Path) -> Path:
+    """A dataset in `cache_dir`, unpacked from its zip there or downloaded first. Raises UserError if neither can be."""
+    url, sha256, unpacked = DOWNLOADS[name]
+    target, archive = cache_dir / unpacked, cache_dir / url.rpartition("/")[2]
+    if target.exists():
+        return target
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        if not archive.exists():
+            print(f"downloading {url} to {archive}", file=sys.stderr)
+            torch.hub.download_url_to_file(url, str(archive), hash_prefix=sha256)
+        with zipfile.ZipFile(archive) as files:
+            partial = cache_dir / f"{unpacked}.tmp"
+            files.extractall(partial)
+        source = partial / unpacked
+        if name == "enwik8" and hashlib.md5(source.read_bytes()).hexdigest() != ENWIK8_MD5:
+            raise RuntimeError(f"{source} has a wrong checksum")
+        source.rename(target)
+        partial.rmdir()
+    except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+        raise UserError(f"data.dataset={name} cannot be had ({error}); put {archive.name} or its content {unpacked} "
+                        f"into {cache_dir}, or name a copy with data.path=") from None
+    return target
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Examples of a corpus
+
+
+class TextWindows(Dataset):
+    """Training windows of Perceiver AR at random places of a corpus, by key (step, index in the global batch).
+
+    The prefix positions that prefix dropout keeps are drawn here too, with the window, because a GPU's random numbers
+    would depend on how a batch is spread over the ranks.
+    """
+
+    def __init__(self, tokens: Tokens, max_seq_len: int, num_latents: int, num_kept: int, seed: int):
+        if len(tokens) < max_seq_len + 1:
+            raise UserError(f"the training text has {len(tokens)} tokens, fewer than model.max_seq_len + 1 = "
+                            f"{max_seq_len + 1}; lower model.max_seq_len or give more text")
+        self.tokens, self.max_seq_len, self.num_latents = tokens, max_seq_len, num_latents
+        self.num_kept, self.seed = num_kept, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
+        """input_ids (T,), labels (N,) of the last N of them, prefix_keep (P',)"""
+        rng = np.random.default_rng((self.seed, *key))
+        start = rng.integers(len(self.tokens) - self.max_seq_len)
+        window = self.tokens[start : start + self.max_seq_len + 1]
+        example = {"input_ids": window[:-1], "labels": window[-self.num_latents :]}
+        prefix_length = self.max_seq_len - self.num_latents
+        if self.num_kept < prefix_length:
+            example["prefix_keep"] = np.sort(rng.permutation(prefix_length)[: self.num_kept])
+        return example
+
+
+class TextBlocks(Dataset):
+    """A whole corpus for evaluation: every token but the first is predicted once, N at a time, each with all of its
+    context that fits."""
+
+    def __init__(self, tokens: Tokens, max_seq_len: int, num_latents: int):
+        self.tokens, self.max_seq_len, self.num_latents = tokens, max_seq_len, num_latents
+
+    def __len__(self) -> int:
+        return -(-(len(self.tokens) - 1) // self.num_latents)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """input_ids (T,), padded on the left, labels (N,), pad_mask (T,)"""
+        first = 1 + index * self.num_latents  # the first token to predict
+        end = min(first + self.num_latents, len(self.tokens))
+        window = self.tokens[max(0, end - 1 - self.max_seq_len) : end]
+        padding = self.max_seq_len + 1 - len(window)
+        labels = np.pad(self.tokens[first:end], (self.num_latents - (end - first), 0), constant_values=IGNORE)
+        return {"input_ids": np.pad(window[:-1], (padding, 0)), "labels": labels,
+                "pad_mask": np.arange(self.max_seq_len) < padding}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+class TrainKeys(Sampler):
+    """The keys (step, index in the global batch) of one rank's micro-batches, from `first_step` on."""
+
+    def __init__(self, batch_size: int, accumulate: int, ranks: Ranks, first_step: int, last_step: int):
+        self.size = batch_size // (accumulate * ranks.world_size)  # of a micro-batch
+        self.accumulate, self.ranks, self.steps = accumulate, ranks, range(first_step, last_step)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            for micro in range(self.accumulate):
+                first = (micro * self.ranks.world_size + self.ranks.rank) * self.size
+                yield [(step, index) for index in range(first, first + self.size)]
+
+
+def train_loader(dataset: Dataset, keys: TrainKeys, num_workers: int) -> DataLoader:
+    return DataLoader(dataset, batch_sampler=keys, num_workers=num_workers, worker_init_fn=ignore_interrupt,
+                      pin_memory=keys.ranks.device.type == "cuda")
+
+
+def eval_loader(dataset: Dataset, batch_size: int, ranks: Ranks, num_workers: int) -> DataLoader:
+    """This rank's share of a dataset, every example once."""
+    share = torch.utils.data.Subset(dataset, range(ranks.rank, len(dataset), ranks.world_size))
+    return DataLoader(share, batch_size=batch_size, num_workers=num_workers, worker_init_fn=ignore_interrupt,
+                      collate_fn=collate_padded)
+
+
+def ignore_interrupt(worker: int) -> None:
+    """Ctrl-C reaches workers too: they go on, until the training process has saved and ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def collate_padded(examples: list[dict]) -> dict[str, torch.Tensor]:
+    """A batch without `pad_mask` where nothing is padded: attention is faster without a mask."""
+    batch = default_collate(examples)
+    if "pad_mask" in batch and not batch["pad_mask"].any():
+        del batch["pad_mask"]
+    return batch

@@ -1,0 +1,22 @@
+"""How much of the hardware a run uses: model FLOPs utilisation (MFU), as in PaLM (arXiv 2204.02311, appendix B)."""
+from collections.abc import Callable
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+# Dense peak of the vendor's datasheets, FLOP/s: with bf16, and with TF32, what float32 is multiplied in.
+PEAKS = {"H200": (989e12, 495e12), "H100": (989e12, 495e12), "A100": (312e12, 156e12), "L40S": (362e12, 183e12),
+         "L4": (121e12, 60e12), "A10G": (70e12, 35e12), "RTX 4090": (165e12, 83e12), "RTX 3090": (71e12, 36e12)}
+
+
+def peak_flops(device: torch.device, bf16: bool) -> float:
+    """FLOP/s of one device at its best; 0 where it is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peaks[0 if bf16 else 1] for part, peaks in PEAKS.items() if part in name), 0.0)
+
+
+def training_flops(forward: Callable) -> int:
+    """FLOPs of a forward and its backward, which takes twice the forward's. Recomputed activations don't count."""
+    with torch.no_grad(), torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
+        forward()
+    return 3 * counter.get_total_flops()
