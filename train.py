@@ -81,7 +81,7 @@ def main(config: Config, ranks: Ranks) -> int:
         return None if ranks.any(stop.received) else task.metrics(floats(ranks.sum(totals)))
 
     model.train()
-    bar = tqdm(total=train.max_steps, initial=step, disable=not ranks.is_main, dynamic_ncols=True)
+    bar = tqdm(total=train.max_steps, initial=step, disable=not ranks.is_main, mininterval=1.0, dynamic_ncols=True)
     peak, step_flops = peak_flops(device, bf16) * ranks.world_size, None  # peak is 0 where it is not known
     totals, logged_step, clock = {}, step, time.perf_counter()
     val, stopping = None, False
@@ -139,15 +139,16 @@ def main(config: Config, ranks: Ranks) -> int:
         improved = False
         if eval_now:
             val = evaluate()
-            stopping = val is None
-        if eval_now and val:
-            improved = val["loss"] < best_loss
-            best_loss = min(best_loss, val["loss"])
-            if log:
-                bar.clear()
-                print(f"step {step}: {listing(val)}")
-                log.metrics(step, "val", val)
-                log.show(step, task.show(model))
+            if val is None:
+                stopping = True
+            else:
+                improved = val["loss"] < best_loss
+                best_loss = min(best_loss, val["loss"])
+                if log:
+                    bar.clear()
+                    print(f"step {step}: {listing(val)}")
+                    log.metrics(step, "val", val)
+                    log.show(step, task.show(model))
         if save_now:
             save(last)
             if improved and ranks.is_main:

@@ -56,8 +56,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> dict:
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {path} cannot be read ({reason}); it may be damaged or not a checkpoint") from None
+        reason = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
+        raise UserError(f"checkpoint {path} cannot be read ({reason}); it is damaged or not a checkpoint") from None
     if not isinstance(checkpoint, dict) or not {"model", "optimizer", "step", "config"} <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of train.py: it lacks model, optimizer, step or config")
     return checkpoint

@@ -22,6 +22,7 @@ class OptimConfig:
     eps: float = 1e-8  # AdamW's
     weight_decay: float = 0.0  # of matrices (weights, embeddings); never of biases and norms
     warmup_steps: int = 200  # linear warm-up from 0
+    decay_steps: int | None = None  # steps, warm-up included, to the end of the cosine; null: train.max_steps
     min_lr_fraction: float = 0.0  # where the cosine ends, as a fraction of lr
     max_grad_norm: float | None = 1.0  # gradients are clipped to this norm; null: not at all
 
@@ -31,6 +32,7 @@ class OptimConfig:
         require(self.eps > 0, f"eps={self.eps} must be positive")
         require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative")
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must not be negative")
+        require(self.decay_steps is None or self.decay_steps >= 1, f"decay_steps={self.decay_steps} must be at least 1")
         require(0 <= self.min_lr_fraction <= 1, f"min_lr_fraction={self.min_lr_fraction} must be in [0, 1]")
         require(self.max_grad_norm is None or self.max_grad_norm > 0,
                 f"max_grad_norm={self.max_grad_norm} must be positive, or null for no clipping")
@@ -95,10 +97,10 @@ def load_config(path: str, overrides: list[str], tasks: dict[str, type]) -> Conf
             raise UserError(f"override {override!r} must look like section.key=value")
         place = values
         for section in sections:
-            place = place.setdefault(section, {}) if place.get(section) is not None else place.__setitem__(
-                section, {}) or place[section]
+            place[section] = {} if place.get(section) is None else place[section]
+            place = place[section]
             if not isinstance(place, dict):
-                raise UserError(f"override {override!r}: {section} is no section")
+                raise UserError(f"override {override!r}: {section} is not a section")
         try:
             place[name] = yaml.safe_load(value)
         except yaml.YAMLError:
@@ -168,15 +170,16 @@ def suggestion(name: str, known) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def to_yaml(config: Config) -> str:
-    plain = yaml.safe_dump(to_dict(config), sort_keys=False)
-    return plain
-
-
 def to_dict(config: Config) -> dict:
     """Plain dicts and lists: what a checkpoint holds and `from_dict` reads."""
+
     def plain(value):
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, tuple) else value
+
     return plain(dataclasses.asdict(config))
+
+
+def to_yaml(config: Config) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False)

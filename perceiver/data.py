@@ -60,7 +60,7 @@ class IdTokenizer:
             raise UserError("the model was trained on token ids: the prompt must be numbers, like '17 4 256'") from None
 
     def decode(self, tokens: list[int]) -> str:
-        return " ".join(map(str, tokens))
+        return self.stream(tokens, self.new_stream())
 
     def new_stream(self) -> None:
         return None

@@ -48,7 +48,7 @@ def init_ranks(device: str) -> Ranks:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
     if device == "cuda" and not gpus:
-        raise UserError("train.device=cuda: PyTorch sees no CUDA GPU here; use train.device=cpu or auto")
+        raise UserError("device cuda: PyTorch sees no CUDA GPU here; use device cpu or auto")
     if gpus and local_rank >= gpus:
         raise UserError(f"process {local_rank} of this machine has no GPU, there are {gpus}; "
                         f"start torchrun with --nproc-per-node {gpus}")

@@ -20,10 +20,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
-    """Of step 0, 1, ...: linear warm-up, then half a cosine down to min_lr_fraction at max_steps."""
+    """Of step 0, 1, ...: linear warm-up, then half a cosine down to min_lr_fraction, and that from there on."""
+    end = config.decay_steps or max_steps
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps)
+    progress = (step - config.warmup_steps) / max(1, end - config.warmup_steps)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.lr * (config.min_lr_fraction + (1 - config.min_lr_fraction) * cosine)
 

@@ -104,7 +104,7 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | Non
 def generate(model: PerceiverAR, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, seed: int = 0, stride: int | None = None,
              kv_cache: bool = True) -> Iterator[Tensor]:
-    """Yields the next token (B,) of every prompt, `max_new_tokens` times.
+    """An iterator over the next token (B,) of every prompt, `max_new_tokens` times.
 
     Prompts may differ in length, from one token to far beyond the context, of which the model then sees the end. Row b
     draws from its own generator, seeded with seed + b: it does not depend on what else is in the batch.
@@ -120,12 +120,16 @@ def generate(model: PerceiverAR, prompts: list[list[int]], max_new_tokens: int, 
     decoder = Decoder(model, prompts, max_new_tokens, stride, kv_cache)
     uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed + row))
                            for row in range(len(prompts))]).to(decoder.tokens.device)  # (B, max_new_tokens)
-    training = model.training
-    model.eval()
-    try:
-        for step in range(max_new_tokens):
-            tokens = choose(decoder.logits(), uniform[:, step], temperature, top_k, top_p)
-            decoder.append(tokens)
-            yield tokens
-    finally:
-        model.train(training)
+
+    def steps() -> Iterator[Tensor]:
+        training = model.training
+        model.eval()
+        try:
+            for numbers in uniform.unbind(1):
+                tokens = choose(decoder.logits(), numbers, temperature, top_k, top_p)
+                decoder.append(tokens)
+                yield tokens
+        finally:
+            model.train(training)
+
+    return steps()

@@ -1,0 +1,111 @@
+"""Sample from a Perceiver AR: `python generate.py --ckpt runs/clm/checkpoints/last.pt --prompt "def "`.
+
+Only the text goes to stdout, as it is made; everything else goes to stderr.
+"""
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from perceiver import checkpoint
+from perceiver.config import from_dict
+from perceiver.distributed import init_ranks
+from perceiver.errors import UserError
+from perceiver.model import PerceiverAR
+from perceiver.sampling import generate
+from perceiver.tasks import TASKS, CausalLM
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", help="the text to continue; - reads it from stdin")
+    source.add_argument("--prompt-file", help="a file with the text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
+    parser.add_argument("--top-k", type=int, help="draw from the K most likely tokens")
+    parser.add_argument("--top-p", type=float, help="draw from the most likely tokens with total probability P")
+    parser.add_argument("--seed", type=int, default=0, help="sample i of a run is sample 0 of seed + i")
+    parser.add_argument("--num-samples", type=int, default=1, help="several are printed when they are complete")
+    parser.add_argument("--stride", type=int, help="tokens between two re-encodings; default: half of the latents")
+    parser.add_argument("--no-kv-cache", action="store_true", help="evaluate the whole model for every token")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    return parser.parse_args()
+
+
+def load_task(path: str, device: torch.device) -> tuple[CausalLM, PerceiverAR]:
+    """The task of a checkpoint and its model, rebuilt from the config in it."""
+    saved = checkpoint.load(path, device)
+    config = from_dict(saved["config"], TASKS)
+    if TASKS[config.task] is not CausalLM:
+        raise UserError(f"{path} is a checkpoint of task {config.task}; generate.py needs one of task causal_lm")
+    task = CausalLM(config)
+    model = task.build_model().to(device).eval()
+    model.load_state_dict(saved["model"])
+    return task, model
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """Bytes that are no UTF-8 survive as surrogates, and are bytes again in the tokenizer and in `write`."""
+    try:
+        if args.prompt is None:
+            return Path(args.prompt_file).read_bytes().decode("utf-8", "surrogateescape")
+        return sys.stdin.buffer.read().decode("utf-8", "surrogateescape") if args.prompt == "-" else args.prompt
+    except OSError as error:
+        raise UserError(f"cannot read --prompt-file {args.prompt_file}: {error.strerror}") from None
+
+
+def write(text: str) -> None:
+    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
+    sys.stdout.buffer.flush()
+
+
+def main(args: argparse.Namespace) -> None:
+    for name in ("max_new_tokens", "num_samples"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
+    task, model = load_task(args.ckpt, init_ranks(args.device).device)
+    text = read_prompt(args)
+    prompt = task.tokenizer.encode(text)
+    if len(prompt) > model.config.max_seq_len:
+        print(f"the prompt has {len(prompt)} tokens, of which the model sees the last ones: its context is "
+              f"{model.config.max_seq_len}", file=sys.stderr)
+    try:
+        steps = generate(model, [prompt] * args.num_samples, args.max_new_tokens, args.temperature, args.top_k,
+                         args.top_p, args.seed, args.stride, not args.no_kv_cache)
+        samples = [[] for _ in range(args.num_samples)]
+        streaming, stream = args.num_samples == 1, task.tokenizer.new_stream()
+        start = time.perf_counter()
+        for tokens in tqdm(steps, total=args.max_new_tokens, unit=" tokens", disable=sys.stdout.isatty()):
+            if streaming and not samples[0]:
+                write(text)
+            for sample, token in zip(samples, tokens.tolist()):
+                sample.append(token)
+            if streaming:
+                write(task.tokenizer.stream(samples[0][-1:], stream))
+    except ValueError as error:  # a prompt or a number that generate() does not take
+        raise UserError(str(error)) from None
+    seconds = time.perf_counter() - start
+    if streaming:
+        write(task.tokenizer.stream([], stream, final=True) + "\n")
+    else:
+        write("\n-----\n".join(text + task.tokenizer.decode(sample) for sample in samples) + "\n")
+    count = args.num_samples * args.max_new_tokens
+    print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of the text has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

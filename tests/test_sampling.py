@@ -1,0 +1,134 @@
+import pytest
+import torch
+
+from perceiver.sampling import Decoder, choose, generate, split
+from test_model import small_model, tokens
+
+T, N = 24, 8
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 5, 8])
+def test_split_keeps_its_promises(stride):
+    previous = (0, 0)
+    for length in range(1, 200):
+        first_token, first_latent = split(length, T, N, stride)
+        assert 0 <= first_token <= first_latent < length
+        assert length - first_latent <= N and length - first_token <= T
+        assert first_latent - first_token <= T - N
+        if length > N:
+            assert length - first_latent > N - stride
+        if length > T:
+            assert length - first_token > T - stride
+        assert first_latent - previous[1] in (0, stride)
+        if first_latent == previous[1]:
+            assert first_token == previous[0]
+        previous = first_token, first_latent
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(latent_keys="q_norm"), dict(absolute_positions=False, num_rotary_layers=-1, output_norm=True),
+    dict(absolute_positions=False, latent_keys="q_norm", num_self_attention_layers=0, num_rotary_layers=0),
+])
+@pytest.mark.parametrize("stride", [1, 3, 4, 8])
+@pytest.mark.parametrize("lengths", [[5], [30], [1, 7, 24, 40]])
+def test_cached_equals_uncached(options, stride, lengths):
+    """Over more than three context lengths, in a batch of prompts of several lengths and in batches of one."""
+    model = small_model(**options)
+    prompts = [tokens(max(lengths))[:length].tolist() for length in lengths]
+    steps = 3 * T + 5
+    cached = Decoder(model, prompts, steps, stride)
+    uncached = Decoder(model, prompts, steps, stride, kv_cache=False)
+    singles = [Decoder(model, [prompt], steps, stride) for prompt in prompts]
+    for _ in range(steps):
+        logits = cached.logits()
+        assert (logits - uncached.logits()).abs().max() < 1e-10
+        assert (logits - torch.cat([single.logits() for single in singles])).abs().max() < 1e-10
+        best = logits.argmax(-1)
+        for decoder, token in ((cached, best), (uncached, best), *zip(singles, best[:, None])):
+            decoder.append(token)
+
+
+def test_stride_one_is_the_model_with_all_latents_at_every_step():
+    model = small_model()
+    decoder = Decoder(model, [tokens(40).tolist()], 10, stride=1)
+    for _ in range(10):
+        window = decoder.tokens[:, : decoder.lengths[0]][:, -T:]
+        logits = decoder.logits()
+        assert (logits - model(window, N)[:, -1]).abs().max() < 1e-10
+        decoder.append(logits.argmax(-1))
+
+
+def test_greedy_text_is_the_same_with_and_without_cache():
+    model = small_model().float()
+    for length in (1, N - 1, N, N + 1, T, 3 * T):
+        prompts = [tokens(length).tolist()] * 4
+        texts = [torch.stack(list(generate(model, prompts, 3 * T, temperature=0, kv_cache=cache)))
+                 for cache in (True, False)]
+        assert torch.equal(*texts)
+
+
+def test_latents_never_exceed_their_number():
+    model = small_model()
+    seen = []
+    model.cross_attention.q_norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    list(generate(model, [tokens(40).tolist()], 3 * T, kv_cache=False))
+    assert max(seen) == N and min(seen) > N // 2
+
+
+def test_a_cached_step_computes_one_token():
+    model = small_model()
+    decoder = Decoder(model, [tokens(17).tolist()], 10)
+    decoder.append(decoder.logits().argmax(-1))
+    seen = []
+    model.token_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
+    decoder.logits()
+    assert seen == [1]
+
+
+def test_a_sample_does_not_depend_on_its_batch():
+    model = small_model()
+    prompts = [tokens(n).tolist() for n in (3, 12, 30)]
+    together = torch.stack(list(generate(model, prompts, 40, seed=5)), dim=1)
+    for row, prompt in enumerate(prompts):
+        alone = torch.stack(list(generate(model, [prompt], 40, seed=5 + row)), dim=1)
+        assert torch.equal(together[row], alone[0])
+    assert not torch.equal(together, torch.stack(list(generate(model, prompts, 40, seed=9)), dim=1))
+
+
+def test_continuing_a_text_in_two_calls_is_one_call():
+    model = small_model()
+    prompt = tokens(10).tolist()
+    whole = [t.item() for t in generate(model, [prompt], 50, temperature=0)]
+    first = [t.item() for t in generate(model, [prompt], 20, temperature=0)]
+    assert whole == first + [t.item() for t in generate(model, [prompt + first], 30, temperature=0)]
+
+
+def draw(logits, temperature=1.0, top_k=None, top_p=None, count=20_000):
+    uniform = torch.rand(count, generator=torch.Generator().manual_seed(0))
+    chosen = choose(logits.expand(count, -1), uniform, temperature, top_k, top_p)
+    return torch.bincount(chosen, minlength=logits.shape[-1]) / count
+
+
+def test_tokens_come_with_their_probabilities():
+    logits = torch.tensor([0.5, 2.0, -1.0, 1.0, 0.0])
+    for temperature in (0.5, 1.0, 2.0):
+        assert (draw(logits, temperature) - (logits / temperature).softmax(0)).abs().max() < 0.015
+    top_2 = torch.tensor([-torch.inf, 2.0, -torch.inf, 1.0, -torch.inf]).softmax(0)
+    assert (draw(logits, top_k=2) - top_2).abs().max() < 0.015
+    probs = logits.softmax(0)  # 0.14, 0.61, 0.03, 0.22, 0.08: token 1 and 3 pass 0.8 together
+    assert (draw(logits, top_p=0.8) - top_2).abs().max() < 0.015
+    assert draw(logits, top_p=probs.max().item() / 2)[1] == 1
+    assert draw(logits, temperature=0)[1] == 1
+
+
+@pytest.mark.parametrize("options", [dict(temperature=-1), dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5),
+                                     dict(stride=0), dict(stride=9)])
+def test_impossible_options_are_errors_at_once(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        generate(small_model(), [[1]], 5, **options)
+
+
+@pytest.mark.parametrize("prompts", [[], [[]], [[19]], [[-1]]])
+def test_impossible_prompts_are_errors_at_once(prompts):
+    with pytest.raises(ValueError, match="prompt"):
+        generate(small_model(), prompts, 5)
