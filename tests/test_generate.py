@@ -1,0 +1,67 @@
+import pytest
+
+from conftest import run_script, run_train
+
+
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    """A model that knows one sentence."""
+    folder = tmp_path_factory.mktemp("generate")
+    (folder / "text.txt").write_text("the quick brown fox. " * 500)
+    result = run_train(f"data.path={folder}/text.txt", f"train.out_dir={folder}/run", "train.max_steps=300",
+                       "optim.lr=0.003", "optim.warmup_steps=10", "model.num_channels=32", "model.output_norm=true")
+    assert result.returncode == 0, result.stderr
+    return folder / "run" / "checkpoints" / "last.pt"
+
+
+def sample(ckpt, *args, **kwargs):
+    return run_script("generate.py", "--ckpt", ckpt, *args, **kwargs)
+
+
+def test_it_writes_what_it_learned(ckpt):
+    result = sample(ckpt, "--prompt", "the quick", "--max-new-tokens", "75", "--temperature", "0")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ("the quick brown fox. " * 5)[:84] + "\n"
+    assert "tokens/s" in result.stderr
+
+
+def test_cache_stride_prompt_and_batch(ckpt, tmp_path):
+    (tmp_path / "prompt.txt").write_text("the quick brown ")
+    args = ["--max-new-tokens", "60", "--temperature", "0.9", "--top-k", "40", "--top-p", "0.99", "--stride", "3"]
+    expected = sample(ckpt, "--prompt", "the quick brown ", *args)
+    for other in (["--prompt-file", tmp_path / "prompt.txt"], ["--prompt", "the quick brown ", "--no-kv-cache"]):
+        assert sample(ckpt, *other, *args).stdout == expected.stdout
+    piped = sample(ckpt, "--prompt", "-", *args, input="the quick brown ")
+    assert piped.stdout == expected.stdout
+    several = sample(ckpt, "--prompt", "the quick brown ", *args, "--num-samples", "2").stdout.split("\n-----\n")
+    assert several[0] + "\n" == expected.stdout
+    assert several[1] == sample(ckpt, "--prompt", "the quick brown ", *args, "--seed", "1").stdout
+
+
+def test_a_long_prompt_is_not_cut_silently(ckpt):
+    prompt = "the quick brown fox. " * 5
+    result = sample(ckpt, "--prompt", prompt, "--max-new-tokens", "9", "--temperature", "0")
+    assert result.stdout == prompt + "the quick\n"
+    assert "the prompt has 105 tokens" in result.stderr
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--prompt", ""], "prompt"),
+    (["--prompt", "a", "--temperature", "-1"], "temperature=-1.0"),
+    (["--prompt", "a", "--top-p", "2"], "top_p=2.0"),
+    (["--prompt", "a", "--stride", "9"], "stride=9"),
+    (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
+    (["--prompt-file", "/nowhere.txt"], "/nowhere.txt"),
+])
+def test_mistakes_are_one_line_and_exit_code_2(ckpt, args, message):
+    result = sample(ckpt, *args)
+    assert result.returncode == 2 and result.stdout == "" and message in result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_a_bad_checkpoint_is_one_line_and_exit_code_2(ckpt, tmp_path):
+    (tmp_path / "cut.pt").write_bytes(ckpt.read_bytes()[:5000])
+    (tmp_path / "text.pt").write_text("hello")
+    for name in ("nowhere.pt", "cut.pt", "text.pt"):
+        result = sample(tmp_path / name, "--prompt", "a")
+        assert result.returncode == 2 and name in result.stderr and result.stderr.count("\n") == 1
