@@ -1,8 +1,9 @@
-"""The models: attention, the two kinds of layers, and Perceiver AR with its key/value cache.
+"""The models: attention, the two kinds of layers, Perceiver and Perceiver IO, Perceiver AR with its key/value cache.
 
 Letters used for shapes, as in the papers:
 
     B batch    M inputs (keys)    N latents (queries)    C channels    H heads    V vocabulary
+    D channels of the latents    O outputs    F channels of their queries    E channels of the outputs
     T context length of Perceiver AR    P length of its prefix, the M - N inputs that are no latents
 
 Perceiver (arXiv 2103.03206), Perceiver IO (2107.14795) and Perceiver AR (2202.07765) are one idea: a few latents
@@ -22,12 +23,13 @@ from torch.utils.checkpoint import checkpoint
 # Attention
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0):
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0,
+           scale: float | None = None) -> Tensor:
     """Scaled dot-product attention of q (B, H, N, C/H) on k and v (B, H, M, C/H) -> (B, H, N, C/H).
 
     `mask` is boolean, broadcastable to (B, H, N, M), true where a query may look; a query that may look nowhere gets
     zeros, as in DeepMind's code. `causal` takes the queries for the last N of the M positions: query i sees the keys
-    up to M - N + i.
+    up to M - N + i. `scale` is that of the scores, by default 1 / sqrt(channels of q).
     """
     n, m = q.shape[-2], k.shape[-2]
     causal = causal and n > 1  # a single query is the last position: it sees everything
@@ -37,11 +39,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
             # `is_causal=True` would align the triangle to the first key, not to the last. On CUDA this bias picks the
             # flash kernel and costs no memory; elsewhere it is an (N, M) mask.
             bias = causal_lower_right(n, m) if q.is_cuda else q.new_ones(n, m, dtype=torch.bool).tril(m - n)
-        return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=square)
+        return F.scaled_dot_product_attention(q, k, v, bias, dropout, is_causal=square, scale=scale)
     if causal:
         mask = mask & mask.new_ones(n, m).tril(m - n)
     blind = ~mask.any(-1, keepdim=True)  # an empty softmax would be NaN: look everywhere, then forget it
-    return F.scaled_dot_product_attention(q, k, v, mask | blind, dropout).masked_fill(blind, 0.0)
+    keys = None if mask.shape[-1] == 1 else mask | blind  # one entry for all keys: no key is treated differently
+    return F.scaled_dot_product_attention(q, k, v, keys, dropout, scale=scale).masked_fill(blind, 0.0)
 
 
 def rotary_angles(positions: Tensor, num_channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -87,28 +90,70 @@ class Attention(nn.Module):
         self.v = nn.Linear(num_kv_channels, num_v_channels, bias=qkv_bias)
         self.out = nn.Linear(num_v_channels, num_q_channels, bias=out_bias)
 
-    def forward(self, x_q: Tensor, x_kv: Tensor, mask: Tensor | None = None, causal: bool = False,
-                rotary_q=None, rotary_k=None, cache: Callable | None = None) -> Tensor:
-        """x_q (B, N, Cq), x_kv (B, M, Ckv) -> (B, N, Cq). `cache` takes the new keys and values and returns those to
-        attend to, with the mask that goes with them."""
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N or M, C/H)
-                   for x in (self.q(x_q), self.k(x_kv), self.v(x_kv)))
+    def head_widths(self, device: torch.device) -> tuple[int, int]:
+        """Channels of a head's queries and keys, and of its values, as the attention kernels get them.
+
+        The kernels that never hold the N x M scores are choosy: on CUDA, channels must come in multiples of 8 (the
+        ImageNet model has one head of 261), on the CPU queries and values must have equally many. So heads are filled
+        up with zeros, which changes no result.
+        """
+        qk, v = ((linear.out_features // self.num_heads + 7) // 8 * 8 for linear in (self.k, self.v))
+        return (qk, v) if device.type == "cuda" else (max(qk, v), max(qk, v))
+
+    def project(self, linear: nn.Linear, x: Tensor, width: int) -> Tensor:
+        """x (B, M, C) -> (B, H, M, width): what `linear` makes of it, by heads, each followed by zeros."""
+        fill = width - linear.out_features // self.num_heads
+        if fill:  # done to the weights: filling up all that they make is a fifth slower and takes memory
+            weight = F.pad(linear.weight.unflatten(0, (self.num_heads, -1)), (0, 0, 0, fill)).flatten(0, 1)
+            bias = linear.bias
+            if bias is not None:
+                bias = F.pad(bias.unflatten(0, (self.num_heads, -1)), (0, fill)).flatten()
+            x = F.linear(x, weight, bias)
+        else:
+            x = linear(x)
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def keys_values(self, x_kv: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, M, width of a head) of x_kv (B, M, Ckv)."""
+        qk_width, v_width = self.head_widths(x_kv.device)
+        return self.project(self.k, x_kv, qk_width), self.project(self.v, x_kv, v_width)
+
+    def forward(self, x_q: Tensor, x_kv: Tensor | tuple[Tensor, Tensor], mask: Tensor | None = None,
+                causal: bool = False, rotary_q=None, rotary_k=None, cache: Callable | None = None) -> Tensor:
+        """x_q (B, N, Cq), x_kv (B, M, Ckv) or its `keys_values` -> (B, N, Cq). `cache` takes the new keys and values
+        and returns those to attend to, with the mask that goes with them."""
+        k, v = x_kv if isinstance(x_kv, tuple) else self.keys_values(x_kv)
+        q = self.project(self.q, x_q, k.shape[-1])
         if rotary_q is not None:
             q, k = rotate(q, rotary_q), rotate(k, rotary_k)
         if cache is not None:
             k, v, mask = cache(k, v)
-        x = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)  # (B, H, N, C/H)
+        scale = (self.q.out_features // self.num_heads) ** -0.5
+        x = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0, scale)  # (B, H, N, width)
+        x = x[..., : self.v.out_features // self.num_heads]
         return self.out(x.transpose(1, 2).flatten(-2))
+
+    def weights(self, x_q: Tensor, x_kv: Tensor, mask: Tensor | None = None) -> Tensor:
+        """How much each query attends to each key, (B, H, N, M): all of it in memory, so for a few queries, to look at."""
+        head_channels = self.q.out_features // self.num_heads
+        q, k = self.project(self.q, x_q, head_channels), self.project(self.k, x_kv, head_channels)
+        scores = (q @ k.mT).float() * head_channels**-0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1).nan_to_num(0.0)  # zeros for a query that may look nowhere
 
 
 class MLP(nn.Sequential):
-    """LayerNorm and two linear maps with a GELU between them: (..., C) -> (..., C)."""
+    """LayerNorm and two linear maps with an activation between them: (..., C) -> (..., C).
 
-    def __init__(self, num_channels: int, widening_factor: int = 1, bias: bool = True):
+    `activation` is "gelu", the exact one (the Hugging Face port, krasserm), or "gelu_tanh" (DeepMind's code).
+    """
+
+    def __init__(self, num_channels: int, widening_factor: int = 1, bias: bool = True, activation: str = "gelu"):
         super().__init__(
             nn.LayerNorm(num_channels),
             nn.Linear(num_channels, widening_factor * num_channels, bias=bias),
-            nn.GELU(),
+            nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none"),
             nn.Linear(widening_factor * num_channels, num_channels, bias=bias),
         )
 
@@ -116,28 +161,37 @@ class MLP(nn.Sequential):
 class CrossAttentionLayer(nn.Module):
     """Queries attend to keys and values of another array, then an MLP; pre-norm, residual around both.
 
-    `latent_keys` says how Perceiver AR's latents, the last of the keys, are normalised: "kv_norm" as all keys (Google's
-    code), "q_norm" by the norm of the queries (krasserm's).
+    `query_residual=False` leaves out the residual around the attention: right for decoders whose queries mean something
+    else than the outputs (Perceiver IO, appendix E.1). `latent_keys` says how Perceiver AR's latents, the last of the
+    keys, are normalised: "kv_norm" as all keys (Google's code), "q_norm" by the norm of the queries (krasserm's).
     """
 
     def __init__(self, num_q_channels: int, num_kv_channels: int, num_heads: int, widening_factor: int = 1,
-                 mlp_bias: bool = True, residual_dropout: float = 0.0, latent_keys: str = "kv_norm", **attention):
+                 mlp_bias: bool = True, activation: str = "gelu", residual_dropout: float = 0.0,
+                 query_residual: bool = True, latent_keys: str = "kv_norm", **attention):
         super().__init__()
+        self.query_residual = query_residual
         self.latent_keys = latent_keys
         self.q_norm = nn.LayerNorm(num_q_channels)
         self.kv_norm = nn.LayerNorm(num_kv_channels)
         self.attention = Attention(num_q_channels, num_kv_channels, num_heads, **attention)
-        self.mlp = MLP(num_q_channels, widening_factor, mlp_bias)
+        self.mlp = MLP(num_q_channels, widening_factor, mlp_bias, activation)
         self.dropout = nn.Dropout(residual_dropout)
 
-    def forward(self, x_q: Tensor, x_kv: Tensor, **kwargs) -> Tensor:
-        """x_q (B, N, Cq), x_kv (B, M, Ckv) -> (B, N, Cq); the rest as `Attention.forward`."""
+    def keys_values(self, x_kv: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` makes of x_kv (B, M, Ckv) first, to be given to it instead when it is called repeatedly."""
+        return self.attention.keys_values(self.kv_norm(x_kv))
+
+    def forward(self, x_q: Tensor, x_kv: Tensor | tuple[Tensor, Tensor], **kwargs) -> Tensor:
+        """x_q (B, N, Cq), x_kv (B, M, Ckv) or its `keys_values` -> (B, N, Cq); the rest as `Attention.forward`."""
         q = self.q_norm(x_q)
         if self.latent_keys == "q_norm":
-            kv = torch.cat((self.kv_norm(x_kv[:, : -x_q.shape[1]]), q), dim=1)
-        else:
-            kv = self.kv_norm(x_kv)
-        x = x_q + self.dropout(self.attention(q, kv, **kwargs))
+            x_kv = torch.cat((self.kv_norm(x_kv[:, : -x_q.shape[1]]), q), dim=1)
+        elif not isinstance(x_kv, tuple):
+            x_kv = self.kv_norm(x_kv)
+        x = self.dropout(self.attention(q, x_kv, **kwargs))
+        if self.query_residual:
+            x = x_q + x
         return x + self.dropout(self.mlp(x))
 
 
@@ -145,11 +199,11 @@ class SelfAttentionLayer(nn.Module):
     """A Transformer layer on the latents; pre-norm."""
 
     def __init__(self, num_channels: int, num_heads: int, widening_factor: int = 1, mlp_bias: bool = True,
-                 residual_dropout: float = 0.0, **attention):
+                 activation: str = "gelu", residual_dropout: float = 0.0, **attention):
         super().__init__()
         self.norm = nn.LayerNorm(num_channels)
         self.attention = Attention(num_channels, num_channels, num_heads, **attention)
-        self.mlp = MLP(num_channels, widening_factor, mlp_bias)
+        self.mlp = MLP(num_channels, widening_factor, mlp_bias, activation)
         self.dropout = nn.Dropout(residual_dropout)
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
@@ -160,12 +214,206 @@ class SelfAttentionLayer(nn.Module):
 
 
 def init_weights(model: nn.Module, std: float) -> None:
-    """Linear and embedding weights normal with `std`, biases zero (krasserm's code and the Hugging Face port)."""
+    """Weights of linear maps, convolutions and tables normal with `std`, biases zero (krasserm's code and the Hugging
+    Face port). Latents and trained positions are tables too, so they start small."""
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
             nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear) and module.bias is not None:
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def run_layer(layer: nn.Module, checkpointing: bool, *args, **kwargs) -> Tensor:
+    """layer(*args, **kwargs); in training with `checkpointing`, the backward pass computes it again instead of keeping
+    what is inside."""
+    if checkpointing and layer.training:
+        return checkpoint(layer, *args, use_reentrant=False, **kwargs)
+    return layer(*args, **kwargs)
+
+
+def check_positive(config, *names: str) -> None:
+    for name in names:
+        if (value := getattr(config, name)) is not None and value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+
+
+def check_dropout(config, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)} must be in [0, 1)")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Perceiver and Perceiver IO
+
+
+@dataclass
+class CrossAttentionConfig:
+    """What the cross-attentions of encoders and decoders have in common."""
+    num_cross_attention_heads: int = 8  # H
+    num_cross_attention_qk_channels: int | None = None  # of queries and keys; null: as many as what is attended to has
+    num_cross_attention_v_channels: int | None = None  # of values; null: as many as the keys
+    cross_attention_widening_factor: int = 1  # hidden channels of the MLP / its channels
+    activation: str = "gelu_tanh"  # of MLPs: gelu_tanh (DeepMind's code and weights) or gelu (exact; others' code)
+    dropout: float = 0.0  # of attention weights
+    residual_dropout: float = 0.0  # of what attention and MLP add to the residual stream
+    init_scale: float = 0.02  # standard deviation of the initial weights
+    activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third more compute
+
+    def __post_init__(self):
+        check_positive(self, *(name for name, value in vars(self).items() if type(value) is int or value is None))
+        check_dropout(self, "dropout", "residual_dropout")
+        if self.activation not in ("gelu_tanh", "gelu"):
+            raise ValueError(f"activation={self.activation!r} must be gelu_tanh or gelu")
+        if self.init_scale <= 0:
+            raise ValueError(f"init_scale={self.init_scale} must be positive")
+
+    def cross_attention(self, num_q_channels: int, num_kv_channels: int, **kwargs) -> CrossAttentionLayer:
+        return CrossAttentionLayer(
+            num_q_channels, num_kv_channels, self.num_cross_attention_heads, self.cross_attention_widening_factor,
+            num_qk_channels=self.num_cross_attention_qk_channels, num_v_channels=self.num_cross_attention_v_channels,
+            activation=self.activation, dropout=self.dropout, residual_dropout=self.residual_dropout, **kwargs)
+
+
+@dataclass
+class PerceiverEncoderConfig(CrossAttentionConfig):
+    num_cross_attention_layers: int = 1  # one before each of the first self-attention blocks
+    first_cross_attention_layer_shared: bool = False  # the first has the weights that all others have
+    num_self_attention_blocks: int = 1  # times that the block is run, always with the same weights
+    num_self_attention_layers_per_block: int = 6  # each with its own weights
+    first_self_attention_block_shared: bool = True  # the first has the weights that all others have
+    num_self_attention_heads: int = 8  # H
+    num_self_attention_qk_channels: int | None = None  # of queries and keys; null: the latents'
+    num_self_attention_v_channels: int | None = None  # of values; null: as many as the keys
+    self_attention_widening_factor: int = 1  # hidden channels of an MLP / its channels
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_cross_attention_layers > self.num_self_attention_blocks:
+            raise ValueError(f"num_cross_attention_layers={self.num_cross_attention_layers} exceeds "
+                             f"num_self_attention_blocks={self.num_self_attention_blocks}; there is one before a block")
+
+    def self_attention(self, num_channels: int) -> SelfAttentionLayer:
+        return SelfAttentionLayer(
+            num_channels, self.num_self_attention_heads, self.self_attention_widening_factor,
+            num_qk_channels=self.num_self_attention_qk_channels, num_v_channels=self.num_self_attention_v_channels,
+            activation=self.activation, dropout=self.dropout, residual_dropout=self.residual_dropout)
+
+
+class PerceiverEncoder(nn.Module):
+    """Inputs to latents: of Perceiver (arXiv 2103.03206, section 3) and of Perceiver IO (2107.14795, section 3.1).
+
+    Learned latents attend to the inputs, then a block of self-attention layers runs on them; that repeats. Perceiver
+    attends to the inputs several times, Perceiver IO once. Weights are shared among all cross-attentions and among all
+    blocks, but for the first of each, if so configured.
+    """
+
+    def __init__(self, config: PerceiverEncoderConfig, num_latents: int, num_latent_channels: int,
+                 num_input_channels: int):
+        super().__init__()
+        self.config = c = config
+        self.latents = nn.Embedding(num_latents, num_latent_channels)
+        # Lists of one set of weights, or of two: the first's and all others'.
+        self.cross_attention = nn.ModuleList(
+            c.cross_attention(num_latent_channels, num_input_channels)
+            for _ in range(min(c.num_cross_attention_layers, 1 if c.first_cross_attention_layer_shared else 2)))
+        self.self_attention = nn.ModuleList(
+            nn.ModuleList(c.self_attention(num_latent_channels) for _ in range(c.num_self_attention_layers_per_block))
+            for _ in range(min(c.num_self_attention_blocks, 1 if c.first_self_attention_block_shared else 2)))
+        init_weights(self, c.init_scale)
+
+    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        """x (B, M, C) -> latents (B, N, D). `pad_mask` (B, M) is true at inputs that are not to be looked at."""
+        c = self.config
+        mask = None if pad_mask is None else ~pad_mask[:, None, None, :]  # (B, 1, 1, M)
+        latents = self.latents.weight.expand(len(x), -1, -1)  # (B, N, D)
+        last_cross, last_block = len(self.cross_attention) - 1, len(self.self_attention) - 1
+        for i in range(c.num_self_attention_blocks):
+            if i < c.num_cross_attention_layers:
+                layer = self.cross_attention[min(i, last_cross)]
+                if i == last_cross < c.num_cross_attention_layers - 1:
+                    x = layer.keys_values(x)  # once for all layers that share these weights
+                latents = run_layer(layer, c.activation_checkpointing, latents, x, mask=mask)
+            for layer in self.self_attention[min(i, last_block)]:
+                latents = run_layer(layer, c.activation_checkpointing, latents)
+        return latents
+
+    def attention_map(self, x: Tensor, latents: Tensor | list[int], pad_mask: Tensor | None = None) -> Tensor:
+        """Where `latents`, given by number, look in x (B, M, C): weights (B, H, len(latents), M) of the first
+        cross-attention, which sum to 1 over M. Nothing of it is kept in `forward`; it is computed here for a picture."""
+        layer, mask = self.cross_attention[0], None if pad_mask is None else ~pad_mask[:, None, None, :]
+        return layer.attention.weights(layer.q_norm(self.latents.weight[None, latents]), layer.kv_norm(x), mask)
+
+
+@dataclass
+class PerceiverDecoderConfig(CrossAttentionConfig):
+    cross_attention_residual: bool = True  # add the queries to what they read
+    num_query_channels: int | None = None  # F, of trained queries; null: as many as the latents have, or as tied embeddings
+
+
+class PerceiverDecoder(nn.Module):
+    """Latents to outputs (Perceiver IO, section 3.2): each query reads the latents, independently of all others."""
+
+    def __init__(self, config: PerceiverDecoderConfig, num_latent_channels: int, num_query_channels: int):
+        super().__init__()
+        self.config = config
+        self.cross_attention = config.cross_attention(num_query_channels, num_latent_channels,
+                                                      query_residual=config.cross_attention_residual)
+        init_weights(self, config.init_scale)
+
+    def forward(self, queries: Tensor, latents: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        """queries (B, O, F), latents (B, N, D) -> (B, O, F). Queries where `pad_mask` (B, O) is true read nothing, as
+        in DeepMind's code."""
+        mask = None if pad_mask is None else ~pad_mask[:, None, :, None]  # (B, 1, O, 1)
+        return run_layer(self.cross_attention, self.config.activation_checkpointing, queries, latents, mask=mask)
+
+
+class PerceiverIO(nn.Module):
+    """Perceiver IO (arXiv 2107.14795): any inputs to any outputs.
+
+    The parts of a modality are modules that go with these; adapters.py has some:
+
+        input_adapter(inputs) -> (B, M, C)
+        query_provider(adapted inputs (B, M, C), output_positions) -> queries (B, O, F)
+        output_adapter(decoded queries (B, O, F)) -> outputs
+    """
+
+    def __init__(self, input_adapter: nn.Module, encoder: PerceiverEncoder, query_provider: nn.Module,
+                 decoder: PerceiverDecoder, output_adapter: nn.Module):
+        super().__init__()
+        self.input_adapter = input_adapter
+        self.encoder = encoder
+        self.query_provider = query_provider
+        self.decoder = decoder
+        self.output_adapter = output_adapter
+
+    def forward(self, inputs: Tensor, pad_mask: Tensor | None = None, output_positions: Tensor | None = None,
+                query_pad_mask: Tensor | None = None) -> Tensor:
+        """inputs, as the input adapter takes them -> outputs, as the output adapter makes them.
+
+        pad_mask          (B, M), true at inputs that are padding: they are not looked at
+        output_positions  (O') or (B, O'), which outputs to compute; they are what they are among all. Default: all
+        query_pad_mask    (B, O), true at outputs of no interest: they read nothing
+        """
+        x = self.input_adapter(inputs)  # (B, M, C)
+        latents = self.encoder(x, pad_mask)  # (B, N, D)
+        queries = self.query_provider(x, output_positions)  # (B, O, F)
+        return self.output_adapter(self.decoder(queries, latents, query_pad_mask))
+
+
+class Perceiver(nn.Module):
+    """The original Perceiver (arXiv 2103.03206): the mean of the latents is what the output is made of."""
+
+    def __init__(self, input_adapter: nn.Module, encoder: PerceiverEncoder, output_adapter: nn.Module):
+        super().__init__()
+        self.input_adapter = input_adapter
+        self.encoder = encoder
+        self.output_adapter = output_adapter
+
+    def forward(self, inputs: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+        """inputs, as the input adapter takes them -> outputs; `pad_mask` (B, M) as of PerceiverIO."""
+        latents = self.encoder(self.input_adapter(inputs), pad_mask)  # (B, N, D)
+        return self.output_adapter(latents.mean(1, keepdim=True))  # the adapter gets (B, 1, D)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -193,12 +441,8 @@ class PerceiverARConfig:
     activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third more compute
 
     def __post_init__(self):
-        for name in ("vocab_size", "max_seq_len", "num_latents", "num_channels", "num_heads", "widening_factor"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        for name in ("cross_attention_dropout", "post_attention_dropout", "residual_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
+        check_positive(self, "vocab_size", "max_seq_len", "num_latents", "num_channels", "num_heads", "widening_factor")
+        check_dropout(self, "cross_attention_dropout", "post_attention_dropout", "residual_dropout")
         if self.num_latents > self.max_seq_len:
             raise ValueError(f"num_latents={self.num_latents} exceeds max_seq_len={self.max_seq_len}; "
                              "latents are the last positions of the context")
@@ -293,18 +537,13 @@ class PerceiverAR(nn.Module):
         mask = None if pad_mask is None else ~pad_mask[:, None, None, :]  # (B, 1, 1, M)
         latent_mask = None if mask is None else mask[..., -num_latents:]
 
-        x = self.run_layer(self.cross_attention, x[:, -num_latents:], x, mask=mask, causal=True,
-                           rotary_q=rotary_latents, rotary_k=rotary, cache=cache and cache.update_cross)  # (B, N', C)
+        x = run_layer(self.cross_attention, c.activation_checkpointing, x[:, -num_latents:], x, mask=mask, causal=True,
+                      rotary_q=rotary_latents, rotary_k=rotary, cache=cache and cache.update_cross)  # (B, N', C)
         for i, layer in enumerate(self.self_attention):
             angles = rotary_latents if c.num_rotary_layers == -1 or i < c.num_rotary_layers else None
-            x = self.run_layer(layer, x, mask=latent_mask, causal=True, rotary_q=angles, rotary_k=angles,
-                               cache=cache and cache.update_latents(i))
+            x = run_layer(layer, c.activation_checkpointing, x, mask=latent_mask, causal=True, rotary_q=angles,
+                          rotary_k=angles, cache=cache and cache.update_latents(i))
         return F.linear(self.output_norm(x), self.token_embedding.weight, self.output_bias)
-
-    def run_layer(self, layer: nn.Module, *args, **kwargs) -> Tensor:
-        if self.training and self.config.activation_checkpointing:
-            return checkpoint(layer, *args, use_reentrant=False, **kwargs)
-        return layer(*args, **kwargs)
 
 
 class Slots:
@@ -342,8 +581,8 @@ class KVCache:
         c, weight = model.config, model.token_embedding.weight
 
         def buffers(slots: int) -> tuple[Tensor, Tensor]:
-            shape = (batch_size, c.num_heads, slots, c.num_channels // c.num_heads)
-            return weight.new_zeros(shape), weight.new_zeros(shape)
+            widths = model.cross_attention.attention.head_widths(weight.device)
+            return tuple(weight.new_zeros(batch_size, c.num_heads, slots, width) for width in widths)
 
         self.rows: list[int] | None = None  # the rows of a prefill, None when all rows advance
         self.all_rows = torch.arange(batch_size, device=weight.device)

@@ -1,0 +1,372 @@
+"""A modality to channels and back: what goes before and after the models of model.py, and how to put them together.
+
+A modality needs three parts, each a small module:
+
+    input adapter    inputs -> (B, M, C): features with the positions of the inputs, which attention itself can't tell
+    query provider   what to ask of the latents, (B, O, F): one query an output
+    output adapter   decoded queries (B, O, F) -> outputs
+
+Shapes are named as in model.py; K is the number of Fourier bands. A grid is the arrangement of the M inputs: (T,) of a
+text, (H, W) of an image.
+"""
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perceiver.model import (Perceiver, PerceiverDecoder, PerceiverDecoderConfig, PerceiverEncoder, PerceiverEncoderConfig,
+                             PerceiverIO, check_positive, init_weights)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Positions
+
+
+def grid_positions(grid: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+    """Coordinates (M, d) of a grid of d dimensions: from -1 to 1 in each, both included, the last running fastest."""
+    axes = (torch.linspace(-1.0, 1.0, n, device=device, dtype=torch.float32) for n in grid)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+
+
+def fourier_features(positions: Tensor, num_bands: int, max_resolution: tuple[int, ...]) -> Tensor:
+    """Features (M, d * (2K + 1)) of positions (M, d) in [-1, 1]: the positions, sin(pi f p), then cos(pi f p).
+
+    The K frequencies f go linearly from 1 to half of the dimension's `max_resolution`, its Nyquist frequency; all
+    those of the first dimension come first (Perceiver, appendix D; DeepMind's position_encoding.py).
+    """
+    bands = torch.stack([torch.linspace(1.0, resolution / 2, num_bands, device=positions.device, dtype=torch.float32)
+                         for resolution in max_resolution])  # (d, K)
+    angles = math.pi * (positions[..., None] * bands).flatten(-2)  # (M, d * K)
+    return torch.cat((positions, angles.sin(), angles.cos()), dim=-1)
+
+
+class FourierPositions(nn.Module):
+    """Fourier features of a grid's positions, always computed in float32: () -> (M, C).
+
+    `grid` is the usual one, whose features are kept; others are computed when they come. `max_resolution` gives the
+    frequencies; default: the grid's.
+    """
+
+    def __init__(self, grid: tuple[int, ...], num_bands: int, max_resolution: tuple[int, ...] | None = None):
+        super().__init__()
+        self.grid = tuple(grid)
+        self.num_bands = num_bands
+        self.max_resolution = max_resolution or self.grid
+        self.num_channels = len(self.grid) * (2 * num_bands + 1)
+        self.register_buffer("features", self.compute(self.grid), persistent=False)
+
+    def compute(self, grid: tuple[int, ...], device: torch.device | None = None) -> Tensor:
+        return fourier_features(grid_positions(grid, device), self.num_bands, self.max_resolution)
+
+    def forward(self, grid: tuple[int, ...]) -> Tensor:
+        return self.features if grid == self.grid else self.compute(grid, self.features.device)
+
+
+class TrainablePositions(nn.Module):
+    """A trained vector for every position of a grid, optionally projected: () -> (M, C).
+
+    Of a grid with one dimension, a text, inputs may be fewer than positions: they take the first ones.
+    """
+
+    def __init__(self, grid: tuple[int, ...], num_channels: int, num_projected_channels: int | None = None,
+                 init_scale: float = 0.02):
+        super().__init__()
+        self.grid = tuple(grid)
+        self.num_channels = num_projected_channels or num_channels
+        self.table = nn.Embedding(math.prod(grid), num_channels)
+        self.projection = nn.Linear(num_channels, num_projected_channels) if num_projected_channels else nn.Identity()
+        init_weights(self, init_scale)
+
+    def forward(self, grid: tuple[int, ...]) -> Tensor:
+        """Raises ValueError if there are no trained positions for `grid`."""
+        if grid != self.grid and (len(grid) > 1 or grid[0] > self.grid[0]):
+            raise ValueError(f"inputs of {'x'.join(map(str, grid))} positions, the model has trained "
+                             f"{'x'.join(map(str, self.grid))}")
+        return self.projection(self.table.weight[: math.prod(grid)])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Input adapters
+
+
+class InputAdapter(nn.Module):
+    """Any inputs: their features, with positions concatenated ("concat") or added ("add") -> (B, M, C).
+
+    `features` makes (B, *grid, `num_feature_channels`) of the inputs: nn.Embedding of tokens (B, M), an `ImageFeatures`
+    of images, nn.Identity of what already has that shape. `positions` gives (M, channels) for a grid.
+    """
+
+    def __init__(self, features: nn.Module, num_feature_channels: int, positions: nn.Module, combine: str = "concat"):
+        super().__init__()
+        self.features = features
+        self.positions = positions
+        self.combine = combine
+        self.num_channels = num_feature_channels + (positions.num_channels if combine == "concat" else 0)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        x = self.features(inputs)  # (B, *grid, C)
+        positions = self.positions(tuple(x.shape[1:-1])).to(x.dtype)  # (M, C')
+        x = x.flatten(1, -2)  # (B, M, C)
+        return x + positions if self.combine == "add" else torch.cat((x, positions.expand(len(x), -1, -1)), dim=-1)
+
+
+def same_padding(size: int, kernel: int, stride: int) -> tuple[int, int]:
+    """How TensorFlow pads before and after for ceil(size / stride) outputs: less before, where it is uneven."""
+    padding = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
+    return padding // 2, padding - padding // 2
+
+
+class ImageFeatures(nn.Module):
+    """Images (B, C, H, W) -> features (B, H', W', C') (Perceiver IO, appendix A.1; DeepMind's io_processors.py).
+
+    `kind` is "pixels", the raw ones; "conv1x1", a linear map of each; "conv", a convolution of 7x7 with stride 2,
+    BatchNorm, ReLU and a 3x3 max-pooling with stride 2, so that H' = H / 4. `padding` of the latter is "same", as
+    TensorFlow does it, or "symmetric", as the Hugging Face port: 3 around the image, none before pooling.
+    """
+
+    def __init__(self, num_image_channels: int, kind: str, num_channels: int, padding: str = "same",
+                 init_scale: float = 0.02):
+        super().__init__()
+        self.num_image_channels = num_image_channels
+        self.kind = kind
+        self.padding = padding
+        if kind == "conv1x1":
+            self.conv = nn.Conv2d(num_image_channels, num_channels, 1)
+        if kind == "conv":
+            self.conv = nn.Conv2d(num_image_channels, num_channels, 7, stride=2, bias=False)
+            self.norm = nn.BatchNorm2d(num_channels)
+        init_weights(self, init_scale)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Raises ValueError if the images have another number of channels."""
+        if images.ndim != 4 or images.shape[1] != self.num_image_channels:
+            raise ValueError(f"images of shape {tuple(images.shape)}, expected (batch, {self.num_image_channels}, "
+                             "height, width)")
+        x = images
+        if self.kind == "conv1x1":
+            x = self.conv(x)
+        if self.kind == "conv":
+            x = self.norm(self.conv(self.pad(x, 7, (3, 3)))).relu()
+            x = F.max_pool2d(self.pad(x, 3, (0, 0)), 3, stride=2)  # no ReLU is below the padding's zeros
+        return x.movedim(1, -1)
+
+    def pad(self, x: Tensor, kernel: int, symmetric: tuple[int, int]) -> Tensor:
+        height, width = (same_padding(size, kernel, 2) if self.padding == "same" else symmetric for size in x.shape[2:])
+        return F.pad(x, width + height)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Query providers and output adapters
+
+
+class TrainableQueries(nn.Module):
+    """Trained queries, one an output: the adapted inputs (B, M, C) -> (B, O, F).
+
+    With `one_per_input`, the outputs are as many as the inputs, M, and query i asks about input i.
+    """
+
+    def __init__(self, num_queries: int, num_channels: int, one_per_input: bool = False, init_scale: float = 0.02):
+        super().__init__()
+        self.one_per_input = one_per_input
+        self.table = nn.Embedding(num_queries, num_channels)
+        init_weights(self, init_scale)
+
+    def forward(self, x: Tensor, output_positions: Tensor | None = None) -> Tensor:
+        """`output_positions` (O') or (B, O') selects queries by number."""
+        queries = self.table.weight[: x.shape[1]] if self.one_per_input else self.table.weight  # (O, F)
+        if output_positions is not None:
+            queries = queries[output_positions]  # (O', F) or (B, O', F)
+        return queries.expand(len(x), -1, -1)
+
+
+class LinearOutput(nn.Module):
+    """Decoded queries (B, O, F) -> (B, O, E): logits of tokens, values of a series."""
+
+    def __init__(self, num_channels: int, num_outputs: int, init_scale: float = 0.02):
+        super().__init__()
+        self.linear = nn.Linear(num_channels, num_outputs)
+        init_weights(self, init_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+class ClassificationOutput(LinearOutput):
+    """The one decoded query (B, 1, F) -> logits of classes (B, E)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x).squeeze(1)
+
+
+class TiedTokenOutput(nn.Module):
+    """Decoded queries (B, O, F) -> logits of tokens (B, O, V): products with the tokens' embeddings, and a bias."""
+
+    def __init__(self, embedding: nn.Embedding):
+        super().__init__()
+        self.tied = (embedding,)  # not as a submodule: it is the input adapter's, to be saved and counted once
+        self.bias = nn.Parameter(torch.zeros(embedding.num_embeddings))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.tied[0].weight, self.bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Inputs and models, as configs describe them
+
+
+@dataclass
+class TokenInputConfig:
+    vocab_size: int = 262  # V: 262 for bytes
+    max_seq_len: int = 2048  # M: positions there are; shorter inputs take the first ones
+    num_input_channels: int = 768  # C: of embeddings and positions, which are added
+
+    def __post_init__(self):
+        check_positive(self, "vocab_size", "max_seq_len", "num_input_channels")
+
+    @property
+    def num_channels(self) -> int:
+        return self.num_input_channels
+
+    def build(self, init_scale: float) -> InputAdapter:
+        """Tokens (B, M) -> (B, M, C)."""
+        embedding = nn.Embedding(self.vocab_size, self.num_input_channels)
+        positions = TrainablePositions((self.max_seq_len,), self.num_input_channels, init_scale=init_scale)
+        init_weights(embedding, init_scale)
+        return InputAdapter(embedding, self.num_input_channels, positions, "add")
+
+
+@dataclass
+class ImageInputConfig:
+    image_shape: tuple[int, ...] = (224, 224, 3)  # height, width, channels
+    features: str = "pixels"  # pixels, conv1x1 (each pixel mapped) or conv (7x7, BatchNorm, ReLU, max-pool: a fourth)
+    num_feature_channels: int = 64  # of conv1x1 and conv
+    conv_padding: str = "same"  # of conv: same (DeepMind, TensorFlow) or symmetric (the Hugging Face port)
+    positions: str = "fourier"  # fourier or trainable; concatenated to the features
+    num_frequency_bands: int = 64  # K, of fourier
+    max_resolution: tuple[int, ...] | None = None  # of fourier: twice the highest frequencies; null: that of the inputs
+    num_position_channels: int = 256  # of trainable, before and after a linear map
+
+    def __post_init__(self):
+        check_positive(self, "num_feature_channels", "num_frequency_bands", "num_position_channels")
+        for name, length in (("image_shape", 3), ("max_resolution", 2)):
+            if (value := getattr(self, name)) is not None and (len(value) != length or min(value) < 1):
+                raise ValueError(f"{name}={value} must be {length} positive numbers")
+        for name, choices in (("features", ("pixels", "conv1x1", "conv")), ("conv_padding", ("same", "symmetric")),
+                              ("positions", ("fourier", "trainable"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the features."""
+        height, width, _ = self.image_shape
+        if self.features != "conv":
+            return height, width
+        if self.conv_padding == "same":
+            return math.ceil(height / 4), math.ceil(width / 4)
+        return (height - 1) // 4, (width - 1) // 4
+
+    @property
+    def num_channels(self) -> int:
+        """C of the adapted inputs."""
+        num_features = self.image_shape[2] if self.features == "pixels" else self.num_feature_channels
+        num_fourier = 2 * (2 * self.num_frequency_bands + 1)
+        return num_features + (num_fourier if self.positions == "fourier" else self.num_position_channels)
+
+    def build(self, init_scale: float) -> InputAdapter:
+        """Images (B, channels, height, width) -> (B, M, C)."""
+        num_image_channels = self.image_shape[2]
+        if self.positions == "fourier":
+            positions = FourierPositions(self.grid, self.num_frequency_bands, self.max_resolution)
+        else:
+            positions = TrainablePositions(self.grid, self.num_position_channels, self.num_position_channels, init_scale)
+        features = ImageFeatures(num_image_channels, self.features, self.num_feature_channels, self.conv_padding,
+                                 init_scale)
+        return InputAdapter(features, self.num_channels - positions.num_channels, positions)
+
+
+@dataclass
+class PerceiverIOConfig:
+    """What the configs of all models have in common; each adds an `input`."""
+    num_latents: int = 256  # N
+    num_latent_channels: int = 512  # D
+    encoder: PerceiverEncoderConfig = field(default_factory=PerceiverEncoderConfig)
+    decoder: PerceiverDecoderConfig | None = field(default_factory=PerceiverDecoderConfig)
+
+    def __post_init__(self):
+        check_positive(self, "num_latents", "num_latent_channels")
+        attentions = [("encoder.num_cross_attention", self.encoder, self.input.num_channels),
+                      ("encoder.num_self_attention", self.encoder, self.num_latent_channels)]
+        if self.decoder is not None:
+            attentions.append(("decoder.num_cross_attention", self.decoder, self.num_latent_channels))
+        for key, config, num_channels in attentions:
+            heads, qk, v = (getattr(config, f"{key.split('.')[1]}_{name}") for name in ("heads", "qk_channels",
+                                                                                        "v_channels"))
+            qk = qk or num_channels
+            for name, channels in (("qk", qk), ("v", v or qk)):
+                if channels % heads:
+                    raise ValueError(f"{key}_heads={heads} does not divide {channels}, the {key}_{name}_channels")
+
+    def build_encoder(self) -> PerceiverEncoder:
+        return PerceiverEncoder(self.encoder, self.num_latents, self.num_latent_channels, self.input.num_channels)
+
+
+@dataclass
+class MaskedLMConfig(PerceiverIOConfig):
+    """Tokens (B, M) to logits of the token at every position, (B, M, V)."""
+    input: TokenInputConfig = field(default_factory=TokenInputConfig)
+    tied_output: bool = True  # logits are products with the input's embeddings
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.decoder is None:
+            raise ValueError("decoder=None: a masked language model needs one")
+        if self.tied_output and self.num_query_channels != self.input.num_input_channels:
+            raise ValueError(f"decoder.num_query_channels={self.num_query_channels} must be "
+                             f"input.num_input_channels={self.input.num_input_channels}, or tied_output false")
+
+    @property
+    def num_query_channels(self) -> int:
+        return self.decoder.num_query_channels or (
+            self.input.num_input_channels if self.tied_output else self.num_latent_channels)
+
+    def build(self) -> PerceiverIO:
+        input_adapter, init_scale = self.input.build(self.encoder.init_scale), self.decoder.init_scale
+        num_channels = self.num_query_channels
+        return PerceiverIO(
+            input_adapter, self.build_encoder(),
+            TrainableQueries(self.input.max_seq_len, num_channels, one_per_input=True, init_scale=init_scale),
+            PerceiverDecoder(self.decoder, self.num_latent_channels, num_channels),
+            TiedTokenOutput(input_adapter.features) if self.tied_output
+            else LinearOutput(num_channels, self.input.vocab_size, init_scale))
+
+
+@dataclass
+class ClassifierConfig(PerceiverIOConfig):
+    """Anything to logits of classes (B, E). Without a decoder, it's the original Perceiver: the mean of the latents."""
+    num_classes: int = 10  # E
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "num_classes")
+
+    def build(self) -> PerceiverIO | Perceiver:
+        input_adapter, encoder = self.input.build(self.encoder.init_scale), self.build_encoder()
+        if self.decoder is None:
+            output = ClassificationOutput(self.num_latent_channels, self.num_classes, self.encoder.init_scale)
+            return Perceiver(input_adapter, encoder, output)
+        num_channels, init_scale = self.decoder.num_query_channels or self.num_latent_channels, self.decoder.init_scale
+        return PerceiverIO(input_adapter, encoder, TrainableQueries(1, num_channels, init_scale=init_scale),
+                           PerceiverDecoder(self.decoder, self.num_latent_channels, num_channels),
+                           ClassificationOutput(num_channels, self.num_classes, init_scale))
+
+
+@dataclass
+class TextClassifierConfig(ClassifierConfig):
+    input: TokenInputConfig = field(default_factory=TokenInputConfig)
+
+
+@dataclass
+class ImageClassifierConfig(ClassifierConfig):
+    input: ImageInputConfig = field(default_factory=ImageInputConfig)

@@ -1,0 +1,284 @@
+"""Official weights: Hugging Face's copies of DeepMind's models, loaded into ours by tables of key names."""
+import fcntl
+import http.client
+import json
+import math
+import os
+import pickle
+import re
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from perceiver.adapters import ImageClassifierConfig, ImageInputConfig, MaskedLMConfig, TokenInputConfig
+from perceiver.errors import UserError
+from perceiver.model import PerceiverDecoderConfig, PerceiverEncoderConfig
+
+VARIANTS = ("deepmind", "transformers")
+FILES = ("pytorch_model.bin", "model.safetensors")
+
+# Their keys, as patterns, and ours, by kind of model. All patterns of a table are applied, in order.
+COMMON = {
+    r"^perceiver\.embeddings\.latents$": r"encoder.latents.weight",
+    r"^perceiver\.encoder\.cross_attention\.": r"encoder.cross_attention.0.",
+    r"^perceiver\.encoder\.self_attends\.(\d+)\.attention\.self\.layernorm1\.": r"encoder.self_attention.0.\1.norm.",
+    r"^perceiver\.encoder\.self_attends\.": r"encoder.self_attention.0.",
+    r"^perceiver\.decoder\.(decoder\.)?decoding_cross_attention\.": r"decoder.cross_attention.",
+    r"^perceiver\.decoder\.(decoder\.)?output_position_encodings\.position_embeddings$": r"query_provider.table.weight",
+    r"\.attention\.self\.layernorm1\.": r".q_norm.",
+    r"\.attention\.self\.layernorm2\.": r".kv_norm.",
+    r"\.attention\.self\.(q|k|v)(uery|ey|alue)\.": r".attention.\1.",
+    r"\.attention\.output\.dense\.": r".attention.out.",
+    r"\.layernorm\.": r".mlp.0.",
+    r"\.mlp\.dense1\.": r".mlp.1.",
+    r"\.mlp\.dense2\.": r".mlp.3.",
+}
+CLASSIFIER = COMMON | {r"^perceiver\.decoder\.decoder\.final_layer\.": r"output_adapter.linear."}
+KEYS = {
+    "masked_lm": COMMON | {
+        r"^perceiver\.input_preprocessor\.embeddings\.": r"input_adapter.features.",
+        r"^perceiver\.input_preprocessor\.position_embeddings\.": r"input_adapter.positions.table.",
+        r"^embedding_decoder\.": r"output_adapter.",
+    },
+    "image_learned": CLASSIFIER | {
+        r"^perceiver\.input_preprocessor\.convnet_1x1\.": r"input_adapter.features.conv.",
+        r"^perceiver\.input_preprocessor\.position_embeddings\.position_embeddings$":
+            r"input_adapter.positions.table.weight",
+        r"^perceiver\.input_preprocessor\.positions_projection\.": r"input_adapter.positions.projection.",
+    },
+    "image_conv": CLASSIFIER | {
+        r"^perceiver\.input_preprocessor\.convnet\.conv\.": r"input_adapter.features.conv.",
+        r"^perceiver\.input_preprocessor\.convnet\.batchnorm\.": r"input_adapter.features.norm.",
+    },
+    "image_fourier": CLASSIFIER,
+}
+# A key that tells the kind, if none before it in this order did.
+MARKERS = {
+    "masked_lm": "embedding_decoder.bias",
+    "image_learned": "perceiver.input_preprocessor.convnet_1x1.weight",
+    "image_conv": "perceiver.input_preprocessor.convnet.conv.weight",
+    "image_fourier": "perceiver.decoder.decoder.final_layer.weight",
+}
+
+
+def from_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind") -> nn.Module:
+    """A model with published weights, in evaluation mode.
+
+    name_or_path  a Hugging Face name, such as deepmind/language-perceiver, or what that has been saved to: a folder or
+                  a file, pytorch_model.bin or model.safetensors. A config.json beside it is heeded; without one, what
+                  the weights don't tell (numbers of heads and of blocks) is the official model's
+    variant       "deepmind", which the weights were trained with, or "transformers", equal to the Hugging Face port.
+                  They differ in the GELU (tanh or exact), in the padding of image-conv's convolution, and in
+                  image-learned's query residual, that only the port has
+
+    Masked language models: model(input_ids (B, L), pad_mask (B, L) or None) -> (B, L, 262). Image classifiers:
+    model(images (B, 3, 224, 224)) -> (B, 1000). Raises UserError at whatever is wrong with the files.
+    """
+    config, state = read_pretrained(name_or_path, variant)
+    model = config.build()
+    load_weights(model, state, str(name_or_path))
+    return model.eval()
+
+
+def read_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind",
+                    ) -> tuple[MaskedLMConfig | ImageClassifierConfig, dict[str, Tensor]]:
+    """The config and the state_dict of `from_pretrained`'s model."""
+    if variant not in VARIANTS:
+        raise UserError(f"variant={variant!r} must be one of {', '.join(VARIANTS)}")
+    path = find_weights(name_or_path)
+    weights, published = read_weights(path), read_config(path.with_name("config.json"))
+    kind = next((kind for kind, marker in MARKERS.items() if marker in weights), None)
+    if kind is None:
+        raise UserError(f"{path} holds no weights of a model known here ({', '.join(KEYS)})")
+    state = {}
+    for key, value in weights.items():
+        for pattern, ours in KEYS[kind].items():
+            key = re.sub(pattern, ours, key)
+        state[key] = value.float() if value.is_floating_point() else value
+    try:
+        return (masked_lm if kind == "masked_lm" else image_classifier)(kind, state, published, variant), state
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error.args[0]}") from None
+    except ValueError as error:
+        raise UserError(f"the weights in {path} and its config.json do not fit: {error}") from None
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """model.load_state_dict(state), but what does not fit is told in one line, a UserError."""
+    own = model.state_dict()
+    problems = {
+        "not used": state.keys() - own.keys(),
+        "missing": {key for key in own.keys() - state.keys() if not key.endswith("num_batches_tracked")},
+        "of another shape": {f"{key} ({shape(state[key])}, the model's is {shape(own[key])})"
+                             for key in own.keys() & state.keys() if own[key].shape != state[key].shape},
+    }
+    if any(problems.values()):
+        raise UserError(f"the weights in {source} do not fit the model: " + "; ".join(
+            f"{len(keys)} {problem}: {', '.join(sorted(keys))}" for problem, keys in problems.items() if keys))
+    model.load_state_dict(state, strict=False)
+
+
+def shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configs, from the shapes of weights and what config.json adds
+
+
+def masked_lm(kind: str, state: dict[str, Tensor], published: dict, variant: str) -> MaskedLMConfig:
+    vocab_size, num_input_channels = state["input_adapter.features.weight"].shape
+    return MaskedLMConfig(
+        **core(state, published, variant, num_blocks=1, num_heads=8, num_decoder_heads=8, query_residual=False),
+        input=TokenInputConfig(vocab_size, len(state["input_adapter.positions.table.weight"]), num_input_channels))
+
+
+def image_classifier(kind: str, state: dict[str, Tensor], published: dict, variant: str) -> ImageClassifierConfig:
+    num_classes = len(state["output_adapter.linear.weight"])
+    if (num_labels := published.get("num_labels", len(published.get("id2label", [])))) not in (0, num_classes):
+        raise ValueError(f"{num_classes} classes, config.json has num_labels={num_labels}")
+    size = published.get("image_size", 224)  # that of images the model was trained with: others may be given to it
+    if kind == "image_fourier":
+        image_input = ImageInputConfig((size, size, 3), max_resolution=(224, 224))
+    elif kind == "image_conv":
+        num_channels, num_image_channels = state["input_adapter.features.conv.weight"].shape[:2]
+        image_input = ImageInputConfig((size, size, num_image_channels), "conv", num_channels, max_resolution=(56, 56),
+                                       conv_padding="same" if variant == "deepmind" else "symmetric")
+    else:
+        num_channels, num_image_channels = state["input_adapter.features.conv.weight"].shape[:2]
+        num_positions, num_position_channels = state["input_adapter.positions.table.weight"].shape
+        size = math.isqrt(num_positions)
+        image_input = ImageInputConfig((size, size, num_image_channels), "conv1x1", num_channels, positions="trainable",
+                                       num_position_channels=num_position_channels)
+    residual = kind != "image_learned" or variant == "transformers"
+    return ImageClassifierConfig(
+        **core(state, published, variant, num_blocks=8, num_heads=1, num_decoder_heads=1, query_residual=residual),
+        num_classes=num_classes, input=image_input)
+
+
+def core(state: dict[str, Tensor], published: dict, variant: str, num_blocks: int, num_heads: int,
+         num_decoder_heads: int, query_residual: bool) -> dict:
+    """Latents, encoder and decoder; `num_blocks` and `num_heads` are those of the official model."""
+    for key, value in (("model_type", "perceiver"), ("hidden_act", "gelu"), ("use_query_residual", True)):
+        if published.get(key, value) != value:
+            raise ValueError(f"config.json has {key}={published[key]!r}, known here is {value!r}")
+
+    def widths(layer: str, kind: str) -> dict[str, int]:
+        return {f"num_{kind}_attention_qk_channels": len(state[f"{layer}.attention.k.weight"]),
+                f"num_{kind}_attention_v_channels": len(state[f"{layer}.attention.v.weight"]),
+                f"{kind}_attention_widening_factor": (len(state[f"{layer}.mlp.1.weight"])
+                                                      // len(state[f"{layer}.mlp.0.weight"]))}
+
+    activation = "gelu_tanh" if variant == "deepmind" else "gelu"
+    num_latents, num_latent_channels = state["encoder.latents.weight"].shape
+    encoder = PerceiverEncoderConfig(
+        num_cross_attention_heads=published.get("num_cross_attention_heads", num_heads),
+        num_self_attention_heads=published.get("num_self_attention_heads", 8),
+        num_self_attention_blocks=published.get("num_blocks", num_blocks),
+        num_self_attention_layers_per_block=sum(
+            re.fullmatch(r"encoder\.self_attention\.0\.\d+\.norm\.weight", key) is not None for key in state),
+        activation=activation, **widths("encoder.cross_attention.0", "cross"),
+        **widths("encoder.self_attention.0.0", "self"))
+    decoder = PerceiverDecoderConfig(
+        num_cross_attention_heads=num_decoder_heads, cross_attention_residual=query_residual, activation=activation,
+        num_query_channels=state["query_provider.table.weight"].shape[1], **widths("decoder.cross_attention", "cross"))
+    return dict(num_latents=num_latents, num_latent_channels=num_latent_channels, encoder=encoder, decoder=decoder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def find_weights(name_or_path: str | os.PathLike) -> Path:
+    """The file with the weights, downloaded if need be."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        for file in FILES:
+            if (path / file).is_file():
+                return path / file
+        raise UserError(f"folder {path} holds no {' or '.join(FILES)}")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)):
+        raise UserError(f"{name_or_path} is no file, no folder and no Hugging Face name (owner/name)")
+    download(str(name_or_path), "config.json")
+    for file in FILES:
+        if (path := download(str(name_or_path), file)) is not None:
+            return path
+    raise UserError(f"{name_or_path} is no file or folder here, and on huggingface.co it has no {' or '.join(FILES)}")
+
+
+def read_config(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors by name, of a PyTorch or a safetensors file."""
+    try:
+        weights = read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"weights {path} cannot be read ({reason}); the file may be cut short or damaged") from None
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"weights {path} must be tensors by name, a state_dict")
+    return weights
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"reading {path} needs the package safetensors: pip install safetensors") from None
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(error) from None
+
+
+def download(name: str, file: str) -> Path | None:
+    """The cached copy of a published file, after fetching what is missing of it; None if there is no such file.
+
+    What an interrupted download leaves is continued by the next one. Of several processes, one downloads and the
+    others wait. Not torch.hub.download_url_to_file, which starts anew each time and takes a short file for a whole one.
+    """
+    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{name}/resolve/main/{file}"
+    path = Path(torch.hub.get_dir()) / "perceiver" / name.replace("/", "--") / file
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(file + ".part")
+    with open(part, "ab") as out:
+        fcntl.flock(out, fcntl.LOCK_EX)
+        if path.exists():
+            return path
+        start = out.tell()
+        try:
+            request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+            with urllib.request.urlopen(request, timeout=60) as response:
+                if response.status != http.HTTPStatus.PARTIAL_CONTENT:
+                    start = 0
+                    out.truncate(0)
+                size = start + int(response.headers["Content-Length"])
+                with tqdm(desc=f"{name}/{file}", total=size, initial=start, unit="B", unit_scale=True) as bar:
+                    while chunk := response.read(1 << 20):
+                        bar.update(out.write(chunk))
+            if out.tell() < size:
+                raise OSError(f"the connection closed after {out.tell()} of {size} bytes")
+        except urllib.error.HTTPError as error:
+            part.unlink()  # also if the server finds no rest to send: then the part is of another file
+            if error.code == http.HTTPStatus.NOT_FOUND:
+                return None
+            raise UserError(f"downloading {url} failed: {error}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f"downloading {url} failed ({error}); run it again to continue") from None
+        part.rename(path)
+    return path
