@@ -1,11 +1,6 @@
-"""Data: the byte tokenizer, text corpora, and the order in which examples are read.
-
-What a training step sees is a pure function of (seed, step, index in the global batch). So there is no state to save,
-and the number of ranks, workers and micro-batches changes nothing.
-"""
+"""Text: the byte tokenizer, corpora, and examples of them."""
 import codecs
 import hashlib
-import signal
 import sys
 import sysconfig
 import zipfile
@@ -15,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset
 
 from perceiver.config import require
-from perceiver.distributed import Ranks
 from perceiver.errors import UserError
 
 IGNORE = -100  # label of a position that has no loss, cross_entropy's default
@@ -289,46 +283,3 @@ class TextBlocks(Dataset):
         labels = np.pad(self.tokens[first:end], (self.num_latents - (end - first), 0), constant_values=IGNORE)
         return {"input_ids": np.pad(window[:-1], (padding, 0)), "labels": labels,
                 "pad_mask": np.arange(self.max_seq_len) < padding}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Batches
-
-
-class TrainKeys(Sampler):
-    """The keys (step, index in the global batch) of one rank's micro-batches, from `first_step` on."""
-
-    def __init__(self, batch_size: int, accumulate: int, ranks: Ranks, first_step: int, last_step: int):
-        self.size = batch_size // (accumulate * ranks.world_size)  # of a micro-batch
-        self.accumulate, self.ranks, self.steps = accumulate, ranks, range(first_step, last_step)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in self.steps:
-            for micro in range(self.accumulate):
-                first = (micro * self.ranks.world_size + self.ranks.rank) * self.size
-                yield [(step, index) for index in range(first, first + self.size)]
-
-
-def train_loader(dataset: Dataset, keys: TrainKeys, num_workers: int) -> DataLoader:
-    return DataLoader(dataset, batch_sampler=keys, num_workers=num_workers, worker_init_fn=ignore_interrupt,
-                      pin_memory=keys.ranks.device.type == "cuda")
-
-
-def eval_loader(dataset: Dataset, batch_size: int, ranks: Ranks, num_workers: int) -> DataLoader:
-    """This rank's share of a dataset, every example once."""
-    share = torch.utils.data.Subset(dataset, range(ranks.rank, len(dataset), ranks.world_size))
-    return DataLoader(share, batch_size=batch_size, num_workers=num_workers, worker_init_fn=ignore_interrupt,
-                      collate_fn=collate_padded)
-
-
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches workers too: they go on, until the training process has saved and ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def collate_padded(examples: list[dict]) -> dict[str, torch.Tensor]:
-    """A batch without `pad_mask` where nothing is padded: attention is faster without a mask."""
-    batch = default_collate(examples)
-    if "pad_mask" in batch and not batch["pad_mask"].any():
-        del batch["pad_mask"]
-    return batch
