@@ -231,7 +231,7 @@ def hold_out(files: list[Path], val_fraction: float) -> tuple[list[Path], list[P
 
 
 def fetch(name: str, cache_dir: Path) -> Path:
-    """A dataset in `cache_dir`, unpacked from its archive there or downloaded first; raises UserError if neither can be."""
+    """A dataset in `cache_dir`, unpacked from its archive there or downloaded first; or UserError."""
     url, checksum, unpacked = DOWNLOADS[name]
     target, archive = cache_dir / unpacked, cache_dir / url.rpartition("/")[2]
     if target.exists():
@@ -445,7 +445,7 @@ def load_labelled_text(config: TextClassificationDataConfig, max_seq_len: int) -
     else:
         source = fetch(config.dataset, Path(config.cache_dir)) if config.path is None else Path(config.path)
         if not source.is_dir():
-            raise UserError(f"data.path={source} is not a folder; it must hold CLASS/*.txt, or train and val with those")
+            raise UserError(f"data.path={source} is not a folder; it must be one with CLASS/*.txt, or train and val")
         held_out = next((source / name for name in ("val", "test") if (source / name).is_dir()), None)
         if held_out is not None and (source / "train").is_dir():
             train, val = class_files(source / "train"), class_files(held_out)
