@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from perceiver import data
 from perceiver.data import (IGNORE, ByteTokenizer, IdTokenizer, TextBlocks, TextDataConfig, TextWindows, Tokens, TrainKeys,
-                            eval_loader, load_text, train_loader)
+                            eval_loader, load_text, text, train_loader)
 from perceiver.distributed import Ranks
 from perceiver.errors import UserError
 
@@ -99,7 +98,7 @@ def test_enwik8_is_split_as_customary(tmp_path, monkeypatch):
     config = TextDataConfig(dataset="enwik8", cache_dir=str(tmp_path), max_val_tokens=10**9)
     with pytest.raises(UserError, match="checksum"):
         load_text(config)
-    monkeypatch.setattr(data, "ENWIK8_MD5", hashlib.md5(content).hexdigest())
+    monkeypatch.setattr(text, "ENWIK8_MD5", hashlib.md5(content).hexdigest())
     train, val = load_text(config)
     assert (len(train), len(val)) == (90_000_000, 5_000_000) and val[:1] == 90_000_000 % 256 + 6
 

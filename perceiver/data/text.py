@@ -1,24 +1,21 @@
-"""Data: the byte tokenizer, text corpora, and the order in which examples are read.
-
-What a training step sees is a pure function of (seed, step, index in the global batch). So there is no state to save,
-and the number of ranks, workers and micro-batches changes nothing.
-"""
+"""Text: tokenizers, corpora and windows of them, texts with labels."""
 import codecs
 import hashlib
-import signal
 import sys
 import sysconfig
+import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset
 
 from perceiver.config import require
-from perceiver.distributed import Ranks
+from perceiver.data.batches import LoaderConfig
 from perceiver.errors import UserError
 
 IGNORE = -100  # label of a position that has no loss, cross_entropy's default
@@ -74,24 +71,21 @@ class IdTokenizer:
 
 
 @dataclass
-class TextDataConfig:
-    dataset: str = "stdlib"  # stdlib (.py files of this Python), wikitext103 or enwik8; not used with a path
+class TextDataConfig(LoaderConfig):
+    dataset: str = "stdlib"  # stdlib (.py files of this Python), wikitext103, enwik8 or imdb; not used with a path
     path: str | None = None  # own data: a text file, a folder of them, or token ids in .npy or .bin
     bin_dtype: str = "uint16"  # of the ids in a .bin file: uint8 or uint16
     cache_dir: str = "data"  # where a dataset is looked for, and downloaded to if it is not there
     val_fraction: float = 0.05  # share held out for validation: files of a folder, or the end of a file
     max_val_tokens: int = 1_000_000  # validation uses this many at most, from the first
-    batch_size: int = 16  # examples of one optimizer step, over all ranks and micro-batches
-    num_workers: int = 0  # processes that load data, per rank; 0: the training process itself
 
     def __post_init__(self):
+        super().__post_init__()
         require(self.dataset in ("stdlib", *DOWNLOADS),
                 f"dataset={self.dataset!r} must be stdlib, {' or '.join(DOWNLOADS)}; your own text goes in data.path")
         require(self.bin_dtype in ("uint8", "uint16"), f"bin_dtype={self.bin_dtype!r} must be uint8 or uint16")
-        require(0 < self.val_fraction < 1, f"val_fraction={self.val_fraction} must be between 0 and 1")
+        require(0 < self.val_fraction <= 0.5, f"val_fraction={self.val_fraction} must be in (0, 0.5]")
         require(self.max_val_tokens >= 2, f"max_val_tokens={self.max_val_tokens} must be at least 2")
-        require(self.batch_size >= 1, f"batch_size={self.batch_size} must be at least 1")
-        require(self.num_workers >= 0, f"num_workers={self.num_workers} must not be negative")
 
     @property
     def holds_ids(self) -> bool:
@@ -121,11 +115,13 @@ class Tokens:
 SPLIT_FILES = (("wiki.train.raw", "wiki.valid.raw"), ("wiki.train.tokens", "wiki.valid.tokens"),
                ("train.txt", "val.txt"), ("train.bin", "val.bin"), ("train.npy", "val.npy"))
 
-# name: address, SHA-256 of the zip if it is known, and where in cache_dir the data lies once unpacked
+# name: address, SHA-256 or MD5 of the archive if it is known, and where in cache_dir the data lies once unpacked
 DOWNLOADS = {
     "wikitext103": ("https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
                     "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794", "wikitext-103-raw"),
     "enwik8": ("http://mattmahoney.net/dc/enwik8.zip", None, "enwik8"),
+    "imdb": ("https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz", "7c2ac02c03563afcf9b574c7e56c153a",
+             "aclImdb"),
 }
 ENWIK8_BYTES, ENWIK8_MD5 = 100_000_000, "a1fa5ffddb56f4953e226637dabbb36a"
 
@@ -147,6 +143,8 @@ def load_text(config: TextDataConfig) -> tuple[Tokens, Tokens]:
     pair = next((pair for pair in pairs if all(file.is_file() for file in pair)), None)
     if pair is not None:
         train, val = (read_tokens(file, config.bin_dtype) for file in pair)
+    elif (source / "train" / "pos").is_dir() and (source / "test" / "pos").is_dir():  # IMDb, with train/unsup
+        train, val = (read_reviews(source / part) for part in ("train", "test"))
     elif source.is_dir():
         files = [file for file in sorted(source.rglob("*"))
                  if file.is_file() and not any(part.startswith(".") for part in file.relative_to(source).parts)]
@@ -188,6 +186,19 @@ def read_tokens(file: Path, bin_dtype: str) -> Tokens:
         raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def read_reviews(folder: Path) -> Tokens:
+    """The texts of IMDb's class folders, with classes mixed, as the first ones alone may be used."""
+    files = sorted(folder.glob("*/*.txt"), key=lambda file: (file.name, file.parent))
+    return Tokens(np.frombuffer(b"\n\n".join(read_bytes(file) for file in files), np.uint8), ByteTokenizer.OFFSET)
+
+
+def read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+
+
 def stdlib_files(folder: Path) -> list[Path]:
     """The Python files of the interpreter's standard library, without tests and installed packages."""
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
@@ -195,8 +206,7 @@ def stdlib_files(folder: Path) -> list[Path]:
 
 
 def is_text(file: Path) -> bool:
-    with open(file, "rb") as stream:
-        return b"\0" not in stream.read(8192)
+    return b"\0" not in read_bytes(file)[:8192]
 
 
 def split_files(folder: Path, files: list[Path], val_fraction: float) -> tuple[Tokens, Tokens]:
@@ -204,20 +214,25 @@ def split_files(folder: Path, files: list[Path], val_fraction: float) -> tuple[T
     files = [file for file in files if file.stat().st_size]
     if not files:
         raise UserError(f"{folder} holds no text files")
-    every = round(1 / val_fraction)
 
     def read(files: list[Path]) -> Tokens:
-        return Tokens(np.concatenate([np.fromfile(file, np.uint8) for file in files]), ByteTokenizer.OFFSET)
+        return Tokens(np.frombuffer(b"".join(read_bytes(file) for file in files), np.uint8), ByteTokenizer.OFFSET)
 
-    if len(files) < every:
+    if len(files) < round(1 / val_fraction):
         return read(files).split(val_fraction)
-    val = files[every // 2 :: every]
-    return read([file for file in files if file not in set(val)]), read(val)
+    train, val = hold_out(files, val_fraction)
+    return read(train), read(val)
+
+
+def hold_out(files: list[Path], val_fraction: float) -> tuple[list[Path], list[Path]]:
+    """Files for training, and every 1 / val_fraction-th for validation: at least one of two or more."""
+    every = min(round(1 / val_fraction), len(files))
+    return [file for n, file in enumerate(files) if n % every != every // 2], files[every // 2 :: every]
 
 
 def fetch(name: str, cache_dir: Path) -> Path:
-    """A dataset in `cache_dir`, unpacked from its zip there or downloaded first. Raises UserError if neither can be."""
-    url, sha256, unpacked = DOWNLOADS[name]
+    """A dataset in `cache_dir`, unpacked from its archive there or downloaded first; or UserError."""
+    url, checksum, unpacked = DOWNLOADS[name]
     target, archive = cache_dir / unpacked, cache_dir / url.rpartition("/")[2]
     if target.exists():
         return target
@@ -225,16 +240,24 @@ def fetch(name: str, cache_dir: Path) -> Path:
     try:
         if not archive.exists():
             print(f"downloading {url} to {archive}", file=sys.stderr)
-            torch.hub.download_url_to_file(url, str(archive), hash_prefix=sha256)
-        with zipfile.ZipFile(archive) as files:
-            partial = cache_dir / f"{unpacked}.tmp"
-            files.extractall(partial)
+            torch.hub.download_url_to_file(url, str(archive))
+            if checksum and checksum not in (hashlib.new(kind, archive.read_bytes()).hexdigest()
+                                             for kind in ("sha256", "md5")):
+                archive.unlink()
+                raise RuntimeError(f"{url} came with a wrong checksum")
+        partial = cache_dir / f"{unpacked}.tmp"
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(archive) as files:
+                files.extractall(partial)
+        else:
+            with tarfile.open(archive) as files:
+                files.extractall(partial, filter="data")
         source = partial / unpacked
         if name == "enwik8" and hashlib.md5(source.read_bytes()).hexdigest() != ENWIK8_MD5:
             raise RuntimeError(f"{source} has a wrong checksum")
         source.rename(target)
         partial.rmdir()
-    except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+    except (OSError, RuntimeError, EOFError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
         raise UserError(f"data.dataset={name} cannot be had ({error}); put {archive.name} or its content {unpacked} "
                         f"into {cache_dir}, or name a copy with data.path=") from None
     return target
@@ -292,43 +315,169 @@ class TextBlocks(Dataset):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Batches
+# Masked words of a corpus
+
+WHITESPACE = np.frombuffer(b" \t\n\r\v\f", np.uint8) + np.int64(ByteTokenizer.OFFSET)
 
 
-class TrainKeys(Sampler):
-    """The keys (step, index in the global batch) of one rank's micro-batches, from `first_step` on."""
+@dataclass
+class MaskedTextDataConfig(TextDataConfig):
+    mask_prob: float = 0.15  # probability of a word to be chosen for prediction
 
-    def __init__(self, batch_size: int, accumulate: int, ranks: Ranks, first_step: int, last_step: int):
-        self.size = batch_size // (accumulate * ranks.world_size)  # of a micro-batch
-        self.accumulate, self.ranks, self.steps = accumulate, ranks, range(first_step, last_step)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in self.steps:
-            for micro in range(self.accumulate):
-                first = (micro * self.ranks.world_size + self.ranks.rank) * self.size
-                yield [(step, index) for index in range(first, first + self.size)]
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 < self.mask_prob <= 1, f"mask_prob={self.mask_prob} must be in (0, 1]")
 
 
-def train_loader(dataset: Dataset, keys: TrainKeys, num_workers: int) -> DataLoader:
-    return DataLoader(dataset, batch_sampler=keys, num_workers=num_workers, worker_init_fn=ignore_interrupt,
-                      pin_memory=keys.ranks.device.type == "cuda")
+def mask_words(ids: np.ndarray, mask_prob: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Input ids (L,) and labels (L,) of byte tokens (L,): each word between whitespace is chosen with `mask_prob`.
+
+    Of the chosen ones 80% become MASK, byte by byte, 10% random bytes, and 10% stay; labels are theirs alone. At least
+    one word is chosen: a batch has something to learn from, even of one short text.
+    """
+    inside = ~np.isin(ids, WHITESPACE)
+    starts = inside & ~np.concatenate([[False], inside[:-1]])
+    draws = rng.random(1 + starts.sum())  # of the words, from 1 on
+    if draws[1:].size and draws[1:].min() >= mask_prob:
+        draws[rng.integers(1, len(draws))] *= mask_prob
+    draws = np.where(inside, draws[np.cumsum(starts)], 1.0)  # (L,): below 0.8 mask_prob masked, and so on
+    masked = draws < 0.8 * mask_prob
+    replaced = (draws < 0.9 * mask_prob) & ~masked
+    input_ids = np.where(masked, ByteTokenizer.MASK, ids)
+    input_ids[replaced] = rng.integers(ByteTokenizer.OFFSET, ByteTokenizer.vocab_size, replaced.sum())
+    return input_ids, np.where(draws < mask_prob, ids, IGNORE)
 
 
-def eval_loader(dataset: Dataset, batch_size: int, ranks: Ranks, num_workers: int) -> DataLoader:
-    """This rank's share of a dataset, every example once."""
-    share = torch.utils.data.Subset(dataset, range(ranks.rank, len(dataset), ranks.world_size))
-    return DataLoader(share, batch_size=batch_size, num_workers=num_workers, worker_init_fn=ignore_interrupt,
-                      collate_fn=collate_padded)
+class MaskedWindows(Dataset):
+    """Training windows at random places of a corpus, with masked words, by key (step, index in the global batch)."""
+
+    def __init__(self, tokens: Tokens, max_seq_len: int, mask_prob: float, seed: int):
+        if len(tokens) < max_seq_len:
+            raise UserError(f"the training text has {len(tokens)} bytes, fewer than model.input.max_seq_len="
+                            f"{max_seq_len}; lower that or give more text")
+        self.tokens, self.max_seq_len, self.mask_prob, self.seed = tokens, max_seq_len, mask_prob, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
+        """input_ids (L,), labels (L,)"""
+        rng = np.random.default_rng((self.seed, *key))
+        start = rng.integers(len(self.tokens) - self.max_seq_len + 1)
+        input_ids, labels = mask_words(self.tokens[start : start + self.max_seq_len], self.mask_prob, rng)
+        return {"input_ids": input_ids, "labels": labels}
 
 
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches workers too: they go on, until the training process has saved and ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+class MaskedBlocks(Dataset):
+    """A whole corpus for evaluation, in consecutive blocks whose masks are always the same."""
+
+    def __init__(self, tokens: Tokens, max_seq_len: int, mask_prob: float):
+        self.tokens, self.max_seq_len, self.mask_prob = tokens, max_seq_len, mask_prob
+
+    def __len__(self) -> int:
+        return -(-len(self.tokens) // self.max_seq_len)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """input_ids (L,), padded on the right, labels (L,), pad_mask (L,)"""
+        block = self.tokens[index * self.max_seq_len : (index + 1) * self.max_seq_len]
+        input_ids, labels = mask_words(block, self.mask_prob, np.random.default_rng(index))
+        labels = np.pad(labels, (0, self.max_seq_len - len(block)), constant_values=IGNORE)
+        return pad_right(input_ids, self.max_seq_len) | {"labels": labels}
 
 
-def collate_padded(examples: list[dict]) -> dict[str, torch.Tensor]:
-    """A batch without `pad_mask` where nothing is padded: attention is faster without a mask."""
-    batch = default_collate(examples)
-    if "pad_mask" in batch and not batch["pad_mask"].any():
-        del batch["pad_mask"]
-    return batch
+def pad_right(ids: np.ndarray, length: int) -> dict[str, np.ndarray]:
+    """input_ids (length,) of up to `length` ids, and pad_mask (length,), true at padding"""
+    return {"input_ids": np.pad(ids, (0, length - len(ids)), constant_values=ByteTokenizer.PAD),
+            "pad_mask": np.arange(length) >= len(ids)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Texts with labels
+
+
+@dataclass
+class TextClassificationDataConfig(LoaderConfig):
+    dataset: str = "stdlib"  # stdlib (which package of this Python is the code from?) or imdb; not used with a path
+    path: str | None = None  # own data: CLASS/*.txt in this folder, or in its folders train and val (or test)
+    cache_dir: str = "data"  # where a dataset is looked for, and downloaded to if it is not there
+    val_fraction: float = 0.1  # share of each class's files held out for validation, if the data comes without a split
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.dataset in ("stdlib", "imdb"),
+                f"dataset={self.dataset!r} must be stdlib or imdb; your own texts go in data.path")
+        require(0 < self.val_fraction <= 0.5, f"val_fraction={self.val_fraction} must be in (0, 0.5]")
+
+
+class LabelledText(Dataset):
+    """Texts cut to `max_seq_len` bytes, with the class that their file belongs to."""
+
+    def __init__(self, files: dict[str, list[Path]], max_seq_len: int, pieces: bool = False):
+        """`files` by class. With `pieces`, a file is not one text but many, each of `max_seq_len` bytes; a rest of less
+        than half of that is left out."""
+        self.class_names, self.max_seq_len = list(files), max_seq_len
+        self.texts: list[bytes] = []
+        self.labels: list[int] = []
+        for label, name in enumerate(files):
+            for file in files[name]:
+                text = read_bytes(file)
+                end = max(1, len(text) - max_seq_len // 2) if pieces else 1
+                texts = [text[start : start + max_seq_len] for start in range(0, end, max_seq_len) if text]
+                self.texts += texts
+                self.labels += [label] * len(texts)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
+        """input_ids (L,), padded on the right, pad_mask (L,), label"""
+        return encode_text(self.texts[index], self.max_seq_len) | {"label": self.labels[index]}
+
+
+def encode_text(text: bytes, max_seq_len: int) -> dict[str, np.ndarray]:
+    """input_ids (L,) of the first L = `max_seq_len` bytes, padded on the right, and pad_mask (L,)"""
+    return pad_right(np.array(ByteTokenizer().encode(text[:max_seq_len]), np.int64), max_seq_len)
+
+
+def load_labelled_text(config: TextClassificationDataConfig, max_seq_len: int) -> tuple[LabelledText, LabelledText]:
+    """Texts for training and for validation. Raises UserError if they are not there or their classes differ."""
+    stdlib = config.path is None and config.dataset == "stdlib"
+    if stdlib:
+        source = Path(sysconfig.get_path("stdlib"))
+        classes = stdlib_packages(source)
+    else:
+        source = fetch(config.dataset, Path(config.cache_dir)) if config.path is None else Path(config.path)
+        if not source.is_dir():
+            raise UserError(f"data.path={source} is not a folder; it must be one with CLASS/*.txt, or train and val")
+        held_out = next((source / name for name in ("val", "test") if (source / name).is_dir()), None)
+        if held_out is not None and (source / "train").is_dir():
+            train, val = class_files(source / "train"), class_files(held_out)
+            if train.keys() != val.keys():
+                raise UserError(f"{source / 'train'} and {held_out} must hold the same classes, not "
+                                f"{', '.join(train)} and {', '.join(val)}")
+            return LabelledText(train, max_seq_len), LabelledText(val, max_seq_len)
+        classes = class_files(source)
+    for name, files in classes.items():
+        if len(files) < 2:
+            raise UserError(f"{source / name} holds one text; it needs two, one of them for validation")
+    split = {name: hold_out(files, config.val_fraction) for name, files in classes.items()}
+    return (LabelledText({name: train for name, (train, _) in split.items()}, max_seq_len, pieces=stdlib),
+            LabelledText({name: val for name, (_, val) in split.items()}, max_seq_len, pieces=stdlib))
+
+
+def class_files(folder: Path) -> dict[str, list[Path]]:
+    """The .txt files of the class folders in `folder`, without IMDb's unlabelled ones."""
+    classes = {place.name: sorted(place.glob("*.txt")) for place in sorted(folder.iterdir())
+               if place.is_dir() and place.name != "unsup" and not place.name.startswith(".")}
+    empty = next((name for name, files in classes.items() if not files), None)
+    if len(classes) < 2 or empty:
+        raise UserError(f"{folder / empty if empty else folder} holds no {'.txt files' if empty else 'class folders'}; "
+                        f"expected two or more, CLASS/*.txt, in {folder} or in its folders train and val")
+    return classes
+
+
+def stdlib_packages(folder: Path) -> dict[str, list[Path]]:
+    """The files of the ten packages of the standard library with the most text, of those with ten files or more."""
+    packages = {}
+    for file in stdlib_files(folder):
+        if file.parent != folder and file.stat().st_size:
+            packages.setdefault(file.relative_to(folder).parts[0], []).append(file)
+    sizes = {name: sum(file.stat().st_size for file in files) for name, files in packages.items() if len(files) >= 10}
+    return {name: packages[name] for name in sorted(sorted(sizes, key=sizes.get)[-10:])}
