@@ -51,6 +51,8 @@ def main(config: Config, ranks: Ranks) -> int:
     step, best_loss = checkpoint.resume(config, model, optimizer, ranks)
     if step:
         say(f"resumed at step {step}")
+    else:
+        task.initialise(model)
     keys = TrainKeys(config.data.batch_size, train.accumulate, ranks, step, train.max_steps)
     batches = iter(train_loader(train_set, keys, config.data.num_workers))
     val_batches = eval_loader(val_set, keys.size, ranks, config.data.num_workers)
@@ -66,7 +68,7 @@ def main(config: Config, ranks: Ranks) -> int:
     def save(path: Path) -> None:
         if ranks.is_main:
             checkpoint.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                             "best_loss": best_loss, "config": to_dict(config)}, path)
+                             "best_loss": best_loss, "class_names": task.class_names, "config": to_dict(config)}, path)
 
     def evaluate() -> dict[str, float] | None:
         """Metrics on the whole validation set; None if a signal to stop came in between."""

@@ -293,6 +293,7 @@ class PerceiverIOConfig:
     num_latent_channels: int = 512  # D
     encoder: PerceiverEncoderConfig = field(default_factory=PerceiverEncoderConfig)
     decoder: PerceiverDecoderConfig | None = field(default_factory=PerceiverDecoderConfig)
+    init_from: str | None = None  # weights to start training from: as `from_pretrained`, or a checkpoint of train.py
 
     def __post_init__(self):
         check_positive(self, "num_latents", "num_latent_channels")
@@ -346,6 +347,7 @@ class MaskedLMConfig(PerceiverIOConfig):
 class ClassifierConfig(PerceiverIOConfig):
     """Anything to logits of classes (B, E). Without a decoder, it's the original Perceiver: the mean of the latents."""
     num_classes: int = 10  # E
+    freeze_encoder: bool = False  # train what comes after the latents alone
 
     def __post_init__(self):
         super().__post_init__()
@@ -353,6 +355,8 @@ class ClassifierConfig(PerceiverIOConfig):
 
     def build(self) -> PerceiverIO | Perceiver:
         input_adapter, encoder = self.input.build(self.encoder.init_scale), self.build_encoder()
+        for part in (input_adapter, encoder) if self.freeze_encoder else ():
+            part.requires_grad_(False)
         if self.decoder is None:
             output = ClassificationOutput(self.num_latent_channels, self.num_classes, self.encoder.init_scale)
             return Perceiver(input_adapter, encoder, output)

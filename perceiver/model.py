@@ -463,6 +463,13 @@ class PerceiverARConfig:
         head_channels = self.num_channels // self.num_heads
         return head_channels // 2 if self.absolute_positions else head_channels
 
+    def num_kept(self, prefix_length: int) -> int:
+        """How many of `prefix_length` positions a training step keeps under cross_attention_dropout."""
+        return prefix_length - int(prefix_length * self.cross_attention_dropout)
+
+    def build(self) -> "PerceiverAR":
+        return PerceiverAR(self)
+
 
 class PerceiverAR(nn.Module):
     """Perceiver AR (arXiv 2202.07765, section 3): an autoregressive model whose last N inputs are its latents.
@@ -487,10 +494,6 @@ class PerceiverAR(nn.Module):
         self.output_bias = nn.Parameter(torch.zeros(c.vocab_size)) if c.output_bias else None
         init_weights(self, c.init_scale)
 
-    def num_kept(self, prefix_length: int) -> int:
-        """How many of `prefix_length` positions a training step keeps under cross_attention_dropout."""
-        return prefix_length - int(prefix_length * self.config.cross_attention_dropout)
-
     def forward(self, input_ids: Tensor, num_latents: int | None = None, pad_mask: Tensor | None = None,
                 prefix_keep: Tensor | None = None, cache: "KVCache | None" = None) -> Tensor:
         """Logits (B, N', V) of the token after each of the last `num_latents` = N' of input_ids (B, M).
@@ -498,7 +501,7 @@ class PerceiverAR(nn.Module):
         num_latents  default min(M, N)
         pad_mask     (B, M), true at padding, which must be on the left: the first real token has position 0
         prefix_keep  (B, P') indices of the prefix positions to see; the others cost nothing. Default: in training
-                     `num_kept(P)` random ones for every row, otherwise all
+                     `config.num_kept(P)` random ones for every row, otherwise all
         cache        the layers' earlier keys and values, which the new ones join; see `KVCache`
 
         Raises ValueError if M exceeds max_seq_len or num_latents is not between 1 and min(M, N).
@@ -518,9 +521,9 @@ class PerceiverAR(nn.Module):
         if pad_mask is not None:
             positions = (positions - pad_mask.sum(1, keepdim=True)).clamp(min=0)  # (B, M)
 
-        if prefix_keep is None and self.training and self.num_kept(prefix_length) < prefix_length:
+        if prefix_keep is None and self.training and c.num_kept(prefix_length) < prefix_length:
             scores = torch.rand(len(input_ids), prefix_length, device=input_ids.device)
-            prefix_keep = scores.topk(self.num_kept(prefix_length)).indices  # (B, P'), in any order
+            prefix_keep = scores.topk(c.num_kept(prefix_length)).indices  # (B, P'), in any order
         if prefix_keep is not None:
             # Dropped positions leave before the embedding, so that they cost nothing from here on.
             latents = torch.arange(prefix_length, length, device=input_ids.device).expand(len(input_ids), -1)

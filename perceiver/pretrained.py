@@ -1,4 +1,5 @@
 """Official weights: Hugging Face's copies of DeepMind's models, loaded into ours by tables of key names."""
+import dataclasses
 import fcntl
 import http.client
 import json
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from perceiver import checkpoint
 from perceiver.adapters import ImageClassifierConfig, ImageInputConfig, MaskedLMConfig, TokenInputConfig
+from perceiver.config import Config
 from perceiver.errors import UserError
 from perceiver.model import PerceiverDecoderConfig, PerceiverEncoderConfig
 
@@ -66,6 +69,12 @@ MARKERS = {
 }
 
 
+# What an encoder's weights don't tell of how they are used.
+ENCODER_CHOICES = ("num_cross_attention_heads", "num_self_attention_heads", "num_cross_attention_layers",
+                   "num_self_attention_blocks", "first_cross_attention_layer_shared",
+                   "first_self_attention_block_shared", "activation")
+
+
 def from_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind") -> nn.Module:
     """A model with published weights, in evaluation mode.
 
@@ -106,6 +115,31 @@ def read_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind",
         raise UserError(f"{path} lacks {error.args[0]}") from None
     except ValueError as error:
         raise UserError(f"the weights in {path} and its config.json do not fit: {error}") from None
+
+
+def start_from(model: nn.Module, source: str, config: Config) -> None:
+    """Fills a new model with weights to train on from: `source` as in `from_pretrained`, or a checkpoint of train.py.
+
+    From a model of the same kind all parts are taken, but an output that has another shape (other classes); from one of
+    another kind the input adapter and the encoder. Raises UserError if those do not fit.
+    """
+    if Path(source).suffix == ".pt":
+        saved = checkpoint.load(source)
+        old, state, same_kind = saved["config"]["model"], saved["model"], saved["config"]["task"] == config.task
+    else:
+        published, state = read_pretrained(source)
+        old, same_kind = dataclasses.asdict(published), isinstance(config.model, type(published))
+    new = dataclasses.asdict(config.model)
+    for name in ENCODER_CHOICES:
+        if old["encoder"][name] != new["encoder"][name]:
+            raise UserError(f"model.init_from={source} has encoder.{name}={old['encoder'][name]}, "
+                            f"model.encoder.{name} is {new['encoder'][name]}")
+    for name, part in model.named_children():
+        weights = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
+        if name in ("input_adapter", "encoder") or same_kind:
+            fits = all(key in weights and weights[key].shape == value.shape for key, value in part.state_dict().items())
+            if fits or name != "output_adapter":
+                load_weights(part, weights, f"{source} ({name})")
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:

@@ -42,6 +42,7 @@ class ImageDataConfig(LoaderConfig):
     rand_augment_layers: int = 0  # training: random operations on each image (RandAugment), one after the other
     rand_augment_magnitude: int = 5  # their strength, 0 to 10
     mixup_alpha: float = 0.0  # training: images mixed with others, MixUp's parameter; 0: not
+    label_smoothing: float = 0.0  # training: share of a label's probability that is spread over all classes
     cutmix_alpha: float = 0.0  # training: boxes pasted from others, CutMix's; with both, half of the images get each
 
     def __post_init__(self):
@@ -57,6 +58,7 @@ class ImageDataConfig(LoaderConfig):
         require(0 < self.eval_crop <= 1, f"eval_crop={self.eval_crop} must be in (0, 1]")
         require(0 <= self.rand_augment_magnitude <= 10,
                 f"rand_augment_magnitude={self.rand_augment_magnitude} must be 0 to 10")
+        require(0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing} must be in [0, 1)")
         for name in ("random_crop", "rand_augment_layers", "mixup_alpha", "cutmix_alpha"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         require(not (self.random_crop and self.random_resized_crop),
