@@ -103,6 +103,8 @@ def test_every_text_has_something_to_predict():
     assert MaskedBlocks(Tokens(np.frombuffer(b"a b", np.uint8), 6), 3, 1.0)[0]["labels"].tolist() == [103, IGNORE, 104]
     with pytest.raises(UserError, match="10 bytes.*max_seq_len=11"):
         MaskedWindows(words_of(10), 11, 0.15, 0)
+    with pytest.raises(UserError, match="token ids"):
+        MaskedWindows(Tokens(np.arange(100)), 11, 0.15, 0)
     with pytest.raises(ValueError, match="mask_prob=0"):
         MaskedTextDataConfig(mask_prob=0)
 
