@@ -17,23 +17,35 @@ from perceiver.errors import UserError
 
 @dataclass
 class OptimConfig:
+    name: str = "adamw"  # adamw, adam, sgd (these two add decay to the gradient) or lamb
     lr: float = 2e-4  # peak learning rate
-    betas: tuple[float, ...] = (0.9, 0.999)  # AdamW's
-    eps: float = 1e-8  # AdamW's
+    betas: tuple[float, ...] = (0.9, 0.999)  # of all but sgd
+    eps: float = 1e-8  # of all but sgd
+    momentum: float = 0.9  # of sgd
     weight_decay: float = 0.0  # of matrices (weights, embeddings); never of biases and norms
-    warmup_steps: int = 200  # linear warm-up from 0
-    decay_steps: int | None = None  # steps, warm-up included, to the end of the cosine; null: train.max_steps
-    min_lr_fraction: float = 0.0  # where the cosine ends, as a fraction of lr
+    schedule: str = "cosine"  # cosine, constant, constant_cosine (the first half constant) or step
+    warmup_steps: int = 200  # linear warm-up from 0, whatever the schedule
+    decay_steps: int | None = None  # steps, warm-up included, to the end of the schedule; null: train.max_steps
+    min_lr_fraction: float = 0.0  # where a cosine ends, as a fraction of lr
+    step_at: tuple[float, ...] = ()  # of step: shares of the steps after which lr goes down once more
+    step_factor: float = 0.1  # of step: what lr is multiplied by
     max_grad_norm: float | None = 1.0  # gradients are clipped to this norm; null: not at all
 
     def __post_init__(self):
+        for key, choices in (("name", ("adamw", "adam", "sgd", "lamb")),
+                             ("schedule", ("cosine", "constant", "constant_cosine", "step"))):
+            require(getattr(self, key) in choices, f"{key}={getattr(self, key)!r} must be one of {', '.join(choices)}")
         require(self.lr > 0, f"lr={self.lr} must be positive")
         require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"betas={self.betas} must be two in [0, 1)")
         require(self.eps > 0, f"eps={self.eps} must be positive")
+        require(0 <= self.momentum < 1, f"momentum={self.momentum} must be in [0, 1)")
         require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative")
         require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must not be negative")
         require(self.decay_steps is None or self.decay_steps >= 1, f"decay_steps={self.decay_steps} must be at least 1")
         require(0 <= self.min_lr_fraction <= 1, f"min_lr_fraction={self.min_lr_fraction} must be in [0, 1]")
+        require((self.schedule == "step") == bool(self.step_at) and all(0 < at < 1 for at in self.step_at),
+                f"step_at={self.step_at} must be numbers in (0, 1) if schedule is step, and else nothing")
+        require(0 < self.step_factor < 1, f"step_factor={self.step_factor} must be in (0, 1)")
         require(self.max_grad_norm is None or self.max_grad_norm > 0,
                 f"max_grad_norm={self.max_grad_norm} must be positive, or null for no clipping")
 

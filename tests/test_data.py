@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from perceiver.data import (IGNORE, ByteTokenizer, IdTokenizer, TextBlocks, TextDataConfig, TextWindows, Tokens, TrainKeys,
-                            eval_loader, load_text, text, train_loader)
+from perceiver.data import (IGNORE, ByteTokenizer, IdTokenizer, Shuffled, TextBlocks, TextDataConfig, TextWindows,
+                            Tokens, TrainKeys, eval_loader, load_text, text, train_loader)
 from perceiver.distributed import Ranks
 from perceiver.errors import UserError
 
@@ -183,3 +183,54 @@ def test_workers_change_nothing_and_evaluation_sees_everything_once():
     assert sorted(labels.tolist()) == list(range(1, 1000))
     padded = ["pad_mask" in batch for batch in eval_loader(blocks, 5, rank, 0)]
     assert padded[0] and not any(padded[1:])
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Ten numbers with a random one each."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, number: int):
+        return {"number": number, "noise": torch.rand(3)}
+
+
+def test_every_epoch_has_each_example_once_in_another_order():
+    shuffled = Shuffled(Noisy(), batch_size=4, seed=0)
+    numbers = [shuffled[step, index]["number"] for step in range(10) for index in range(4)]
+    epochs = [tuple(numbers[start : start + 10]) for start in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len(set(epochs)) == 4
+    assert numbers[:10] != [Shuffled(Noisy(), 4, seed=1)[0, index]["number"] for index in range(10)]
+    assert shuffled[0, 1]["number"] == numbers[1]  # an earlier epoch again
+
+
+def test_augmentation_is_a_function_of_the_key_and_disturbs_nothing():
+    shuffled = Shuffled(Noisy(), batch_size=4, seed=0)
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    noise = shuffled[3, 2]["noise"]
+    assert torch.equal(torch.rand(2), expected)
+    assert torch.equal(shuffled[3, 2]["noise"], noise)
+    others = [shuffled[3, 3], shuffled[4, 2], Shuffled(Noisy(), batch_size=4, seed=1)[3, 2]]
+    assert not any(torch.equal(other["noise"], noise) for other in others)
+    batches = [list(train_loader(shuffled, TrainKeys(4, 2, ranks(1)[0], 2, 5), workers)) for workers in (0, 2)]
+    assert torch.equal(batches[0][3]["noise"][0], noise)
+    for a, b in zip(*batches, strict=True):
+        assert torch.equal(a["number"], b["number"]) and torch.equal(a["noise"], b["noise"])
+
+
+class Broken(Noisy):
+
+    def __getitem__(self, number: int):
+        try:
+            raise OSError("on the way")
+        except OSError:
+            raise UserError(f"cannot read {number}.png: it is truncated")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_workers_are_one_line(workers):
+    with pytest.raises(UserError) as error:
+        next(iter(eval_loader(Broken(), 2, ranks(1)[0], workers)))
+    assert str(error.value) == "cannot read 0.png: it is truncated"

@@ -5,7 +5,7 @@ import torch
 
 from perceiver.config import OptimConfig
 from perceiver.model import PerceiverAR, PerceiverARConfig
-from perceiver.optim import build_optimizer, learning_rate, scale_and_clip
+from perceiver.optim import Lamb, build_optimizer, learning_rate, scale_and_clip
 from test_model import SMALL
 
 
@@ -25,6 +25,88 @@ def test_learning_rate():
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))
     config.decay_steps = 60
     assert learning_rate(35, 110, config) == pytest.approx(0.55) and learning_rate(100, 110, config) == 0.1
+
+
+def test_other_schedules():
+    def rates(**kwargs):
+        config = OptimConfig(lr=1.0, warmup_steps=4, **kwargs)
+        rates = [learning_rate(step, 120, config) for step in range(121)]
+        assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+        return rates
+
+    assert set(rates(schedule="constant")[4:]) == {1.0}
+    half = rates(schedule="constant_cosine")
+    assert set(half[4:61]) == {1.0} and half[90] == pytest.approx(0.5) and half[120] == pytest.approx(0.0)
+    assert all(a > b for a, b in zip(half[60:], half[61:]))
+    steps = rates(schedule="step", step_at=(0.7, 0.85, 0.95))  # the original Perceiver: epochs 84, 102, 114 of 120
+    for epoch, rate in ((4, 1.0), (83, 1.0), (84, 0.1), (101, 0.1), (102, 0.01), (113, 0.01), (114, 1e-3), (120, 1e-3)):
+        assert steps[epoch] == pytest.approx(rate)
+
+
+def lamb(p, grads, lr, b1, b2, eps, decay):
+    """LAMB of one tensor, number by number from the paper's algorithm 2."""
+    p, m, v = list(p), [0.0] * len(p), [0.0] * len(p)
+    for t, grad in enumerate(grads, start=1):
+        update = []
+        for i, g in enumerate(grad):
+            m[i] = b1 * m[i] + (1 - b1) * g
+            v[i] = b2 * v[i] + (1 - b2) * g * g
+            update.append(m[i] / (1 - b1**t) / (math.sqrt(v[i] / (1 - b2**t)) + eps) + decay * p[i])
+        norm, update_norm = (math.sqrt(sum(x * x for x in values)) for values in (p, update))
+        ratio = norm / update_norm if norm > 0 and update_norm > 0 else 1.0
+        p = [x - lr * ratio * u for x, u in zip(p, update)]
+    return p
+
+
+def lamb_model() -> torch.nn.Linear:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 2).double()
+    torch.nn.init.zeros_(model.bias)
+    return model
+
+
+def test_lamb_is_the_papers_formula():
+    config = OptimConfig(name="lamb", lr=0.1, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1)
+    model, start = lamb_model(), lamb_model()
+    optimizer = build_optimizer(model, config)
+    grads = {name: torch.randn(4, *p.shape).double() for name, p in model.named_parameters()}
+    grads["bias"][3] = 0
+    for step in range(4):
+        if step == 2:  # a run that is resumed
+            state = optimizer.state_dict()
+            optimizer = build_optimizer(model, config)
+            optimizer.load_state_dict(state)
+        for name, p in model.named_parameters():
+            p.grad = grads[name][step].clone()
+        optimizer.step()
+    for name, p in start.named_parameters():
+        decay = 0.1 if name == "weight" else 0.0
+        expected = lamb(p.flatten().tolist(), grads[name].flatten(1).tolist(), 0.1, 0.9, 0.99, 1e-6, decay)
+        assert getattr(model, name).flatten().tolist() == pytest.approx(expected, rel=1e-12), name
+
+
+def test_lamb_leaves_alone_what_has_no_gradient():
+    model = lamb_model()
+    model.bias.requires_grad = False
+    optimizer = build_optimizer(model, OptimConfig(name="lamb"))
+    optimizer.step()
+    assert isinstance(optimizer, Lamb) and torch.equal(model.weight, lamb_model().weight)
+    model.weight.grad = torch.zeros(2, 3).double()
+    optimizer.step()
+    assert torch.equal(model.weight, lamb_model().weight) and model.bias not in optimizer.state
+
+
+@pytest.mark.parametrize("name, first, second", [("adamw", 0.89, 0.7811), ("adam", 0.9, 0.8),
+                                                 ("sgd", 0.79, 0.4771)])
+def test_other_optimizers(name, first, second):
+    """Two steps of a parameter from 1 with gradient 2 and weight decay 0.1; Adam's first steps are of length lr."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.1, weight_decay=0.1, momentum=0.5))
+    for expected in (first, second):
+        model.weight.grad = torch.full((1, 1), 2.0)
+        optimizer.step()
+        assert model.weight.item() == pytest.approx(expected, abs=2e-4)
 
 
 @pytest.mark.parametrize("max_norm", [None, 100.0, 0.5])

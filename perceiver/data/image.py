@@ -74,8 +74,8 @@ def image_transform(config: ImageDataConfig, image_shape: tuple[int, ...], train
     """For images of `image_shape`, (H, W, C). Randomness is drawn from torch's CPU generator."""
     *size, channels = image_shape
     if channels not in (1, 3) or len(config.mean) not in (1, channels):
-        raise UserError(f"model.input.image_shape={list(image_shape)} has {channels} channels; it must be 1 (grey) or 3 "
-                        f"(RGB), and data.mean={list(config.mean)} must have as many")
+        raise UserError(f"model.input.image_shape={list(image_shape)} has {channels} channels; it must have 1 (grey) "
+                        f"or 3 (RGB), and data.mean={list(config.mean)} as many")
     bicubic = InterpolationMode.BICUBIC
     steps = [v2.Lambda(partial(crop_centre, size=size, share=config.eval_crop)), v2.Resize(size, bicubic)]
     if train and config.random_resized_crop:
@@ -86,10 +86,10 @@ def image_transform(config: ImageDataConfig, image_shape: tuple[int, ...], train
     if train and config.flip:
         steps += [v2.RandomHorizontalFlip()]
     if train and config.rand_augment_layers:
-        # With 11 bins, magnitudes are the 0 to 10 of DeepMind's autoaugment.py. At 5, rotation (15 degrees), shear (0.15)
-        # and solarising (from 128) are the same, translation too (51 pixels of 224; there 50 whatever the size). Not
-        # the same: posterising to 6 bits (there 2); colour, contrast, brightness and sharpness +-0.45 (there factor
-        # 1.0, so nothing); torchvision has the identity in place of Invert, SolarizeAdd and Cutout.
+        # With 11 bins, magnitudes are the 0 to 10 of DeepMind's autoaugment.py. At 5, rotation (15 degrees), shear
+        # (0.15) and solarising (from 128) are the same, and translation nearly (51 pixels of 224; there 50 of any
+        # size). Not the same: posterising to 6 bits (there 2); colour, contrast, brightness and sharpness by +-0.45
+        # (there by factor 1.0, so not at all); torchvision has the identity, and no Invert, SolarizeAdd and Cutout.
         steps += [v2.RandAugment(config.rand_augment_layers, config.rand_augment_magnitude, num_magnitude_bins=11,
                                  fill=128)]
     return v2.Compose([*steps, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
@@ -163,7 +163,7 @@ def load_images(config: ImageDataConfig, image_shape: tuple[int, ...]) -> tuple[
     (*train, class_names), (*val, val_names) = (READERS[config.dataset](config, part) for part in (True, False))
     if class_names != val_names:
         different = sorted(set(class_names) ^ set(val_names))
-        raise UserError(f"data.path={config.path} must hold the same classes in train and val; {different[0]} is in one")
+        raise UserError(f"data.path={config.path}: train and val must hold the same classes; one lacks {different[0]}")
     mixers = [kind(alpha=alpha, num_classes=len(class_names))
               for kind, alpha in ((v2.MixUp, config.mixup_alpha), (v2.CutMix, config.cutmix_alpha)) if alpha]
     mix = v2.RandomChoice(mixers) if mixers else None
@@ -186,8 +186,8 @@ def read_mnist(config: ImageDataConfig, train: bool) -> tuple[np.ndarray, np.nda
     files = locate(config, f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte")
     images, labels = (read_idx(file) for file in files)
     if images.ndim != 3 or labels.shape != images.shape[:1] or labels.max() > 9:
-        raise UserError(f"{files[0]} and {files[1].name} hold {images.shape} and {labels.shape} numbers; images must be "
-                        "(n, height, width), labels (n,) from 0 to 9")
+        raise UserError(f"{files[0]} and {files[1].name} hold {images.shape} and {labels.shape} numbers; they must "
+                        "hold images (n, height, width) and labels (n,) from 0 to 9")
     return images, labels, [str(digit) for digit in range(10)]
 
 

@@ -352,6 +352,8 @@ class MaskedWindows(Dataset):
     """Training windows at random places of a corpus, with masked words, by key (step, index in the global batch)."""
 
     def __init__(self, tokens: Tokens, max_seq_len: int, mask_prob: float, seed: int):
+        if tokens.offset != ByteTokenizer.OFFSET:
+            raise UserError("the training text is token ids; to mask words, it must be text: choose another data.path")
         if len(tokens) < max_seq_len:
             raise UserError(f"the training text has {len(tokens)} bytes, fewer than model.input.max_seq_len="
                             f"{max_seq_len}; lower that or give more text")
