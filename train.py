@@ -165,7 +165,7 @@ def main(config: Config, ranks: Ranks) -> int:
         return 128 + (stop.received or signal.SIGTERM)
     if ranks.is_main:
         print(f"step {step} of {train.max_steps}, the run is complete: {listing(val)}")
-        print(task.summary(val), f"checkpoints in {last.parent}", sep="\n")
+        print(*filter(None, (task.summary(val), f"checkpoints in {last.parent}")), sep="\n")
         log.close()
     return 0
 
