@@ -134,7 +134,7 @@ class Attention(nn.Module):
         return self.out(x.transpose(1, 2).flatten(-2))
 
     def weights(self, x_q: Tensor, x_kv: Tensor, mask: Tensor | None = None) -> Tensor:
-        """How much each query attends to each key, (B, H, N, M): all of it in memory, so for a few queries, to look at."""
+        """How much each query attends to each key, (B, H, N, M): all in memory, so for a few queries, to look at."""
         head_channels = self.q.out_features // self.num_heads
         q, k = self.project(self.q, x_q, head_channels), self.project(self.k, x_kv, head_channels)
         scores = (q @ k.mT).float() * head_channels**-0.5
@@ -261,7 +261,7 @@ class CrossAttentionConfig:
     activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third more compute
 
     def __post_init__(self):
-        check_positive(self, *(name for name, value in vars(self).items() if type(value) is int or value is None))
+        check_positive(self, *(name for name, value in vars(self).items() if type(value) is int))
         check_dropout(self, "dropout", "residual_dropout")
         if self.activation not in ("gelu_tanh", "gelu"):
             raise ValueError(f"activation={self.activation!r} must be gelu_tanh or gelu")
@@ -340,7 +340,7 @@ class PerceiverEncoder(nn.Module):
 
     def attention_map(self, x: Tensor, latents: Tensor | list[int], pad_mask: Tensor | None = None) -> Tensor:
         """Where `latents`, given by number, look in x (B, M, C): weights (B, H, len(latents), M) of the first
-        cross-attention, which sum to 1 over M. Nothing of it is kept in `forward`; it is computed here for a picture."""
+        cross-attention, which sum to 1 over M. `forward` never has them; they are computed here, for a picture."""
         layer, mask = self.cross_attention[0], None if pad_mask is None else ~pad_mask[:, None, None, :]
         return layer.attention.weights(layer.q_norm(self.latents.weight[None, latents]), layer.kv_norm(x), mask)
 
@@ -348,7 +348,7 @@ class PerceiverEncoder(nn.Module):
 @dataclass
 class PerceiverDecoderConfig(CrossAttentionConfig):
     cross_attention_residual: bool = True  # add the queries to what they read
-    num_query_channels: int | None = None  # F, of trained queries; null: as many as the latents have, or as tied embeddings
+    num_query_channels: int | None = None  # F, of trained queries; null: the latents', or those of tied embeddings
 
 
 class PerceiverDecoder(nn.Module):

@@ -84,7 +84,8 @@ COUNTS = {
         ImageInputConfig(features="conv1x1", num_feature_channels=256, positions="trainable"))),
     "conv": (48_646_522, ImageClassifierConfig(512, 1024, encoder_config(), PerceiverDecoderConfig(1), 1000,
                                                ImageInputConfig(features="conv"))),
-    "Perceiver": (44_912_254, ImageClassifierConfig(512, 1024, encoder_config(num_cross_attention_layers=8), None, 1000)),
+    "Perceiver": (44_912_254, ImageClassifierConfig(
+        512, 1024, encoder_config(num_cross_attention_layers=8), None, 1000)),
     "Perceiver, one cross-attention": (42_135_859, ImageClassifierConfig(512, 1024, encoder_config(), None, 1000)),
     "Perceiver, first one shared": (42_135_859, ImageClassifierConfig(512, 1024, encoder_config(
         num_cross_attention_layers=8, first_cross_attention_layer_shared=True), None, 1000)),
@@ -239,8 +240,8 @@ def test_transfer_of_a_masked_lm_encoder():
 
 def test_any_query_and_output():
     core = encoder()
-    model = PerceiverIO(nn.Identity(), core, TrainableQueries(4, 10), PerceiverDecoder(PerceiverDecoderConfig(2), 16, 10),
-                        LinearOutput(10, 3))
+    model = PerceiverIO(nn.Identity(), core, TrainableQueries(4, 10),
+                        PerceiverDecoder(PerceiverDecoderConfig(2), 16, 10), LinearOutput(10, 3))
     assert model(torch.randn(2, 9, 11)).shape == (2, 4, 3)
     assert model.decoder(torch.randn(2, 1000, 10), core(torch.randn(2, 9, 11))).shape == (2, 1000, 10)
 
@@ -283,11 +284,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
     (lambda: PerceiverDecoderConfig(activation="relu"), "activation='relu' must be gelu_tanh or gelu"),
     (lambda: PerceiverDecoderConfig(dropout=1.0), r"dropout=1.0 must be in \[0, 1\)"),
     (lambda: PerceiverDecoderConfig(init_scale=0.0), "init_scale=0.0 must be positive"),
-    (lambda: ImageClassifierConfig(512, 1024, PerceiverEncoderConfig(8)), "encoder.num_cross_attention_heads=8 does not "
-     "divide 261"),
+    (lambda: ImageClassifierConfig(512, 1024), "encoder.num_cross_attention_heads=8 does not divide 261"),
     (lambda: TextClassifierConfig(6, 20), "encoder.num_self_attention_heads=8 does not divide 20"),
     (lambda: TextClassifierConfig(6, 32, decoder=PerceiverDecoderConfig(3)), "decoder.num_cross_attention_heads=3"),
-    (lambda: MaskedLMConfig(decoder=PerceiverDecoderConfig(num_query_channels=64)), "decoder.num_query_channels=64 must be"),
+    (lambda: MaskedLMConfig(decoder=PerceiverDecoderConfig(num_query_channels=64)), "decoder.num_query_channels=64"),
     (lambda: MaskedLMConfig(num_latents=0), "num_latents=0 must be at least 1"),
     (lambda: MaskedLMConfig(decoder=None), "decoder=None"),
 ])
