@@ -407,7 +407,7 @@ class KVCache:
             return k, v, None
         for buffer, new in zip(buffers, (k, v)):
             if slots.mask is None:  # the same slot of every row: cheaper than indices, 5% of a token on the CPU
-                buffer[:, :, slots.limit - 1] = new[:, :, 0]
+                buffer[:, :, slots.limit - 1 : slots.limit] = new
             else:
                 buffer[self.all_rows, :, slots.new] = new[:, :, 0]
         k, v = (buffer[:, :, : slots.limit] for buffer in buffers)  # (B, H, limit, C/H)
