@@ -293,7 +293,8 @@ class PerceiverIOConfig:
     num_latent_channels: int = 512  # D
     encoder: PerceiverEncoderConfig = field(default_factory=PerceiverEncoderConfig)
     decoder: PerceiverDecoderConfig | None = field(default_factory=PerceiverDecoderConfig)
-    init_from: str | None = None  # weights to start training from: as `from_pretrained`, or a checkpoint of train.py
+    # Weights to start training from: as `from_pretrained`, or a checkpoint of train.py
+    init_from: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         check_positive(self, "num_latents", "num_latent_channels")
@@ -347,7 +348,7 @@ class MaskedLMConfig(PerceiverIOConfig):
 class ClassifierConfig(PerceiverIOConfig):
     """Anything to logits of classes (B, E). Without a decoder, it's the original Perceiver: the mean of the latents."""
     num_classes: int = 10  # E
-    freeze_encoder: bool = False  # train what comes after the latents alone
+    freeze_encoder: bool = field(default=False, kw_only=True)  # train what comes after the latents alone
 
     def __post_init__(self):
         super().__post_init__()
