@@ -138,7 +138,11 @@ def test_encoder_runs_the_layers_in_order_with_shared_weights(first_cross_shared
             expected = cross[i](expected, x)
         for layer in block:
             expected = layer(expected)
+    normed = []
+    for layer in model.cross_attention:
+        layer.kv_norm.register_forward_hook(lambda *_: normed.append(1))
     torch.testing.assert_close(model(x), expected)
+    assert len(normed) == len(model.cross_attention)  # keys and values of shared layers are made once
 
 
 @pytest.mark.parametrize("num_cross_attention_layers", [1, 3])
@@ -262,7 +266,7 @@ def test_memory_has_no_score_for_every_latent_and_input():
     script = """
 import resource, torch
 from perceiver.model import PerceiverEncoder, PerceiverEncoderConfig
-config = PerceiverEncoderConfig(1, 5, 7, num_self_attention_layers_per_block=1)
+config = PerceiverEncoderConfig(1, 5, 15, num_self_attention_layers_per_block=1)
 model, x = PerceiverEncoder(config, 512, 16, 6), torch.randn(1, 2**20, 6)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 pad_mask = torch.arange(2**20)[None] > 10**6
