@@ -8,16 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from perceiver import checkpoint
-from perceiver.config import from_dict
 from perceiver.distributed import init_ranks
 from perceiver.errors import UserError
-from perceiver.model import PerceiverAR
 from perceiver.sampling import generate
-from perceiver.tasks import TASKS, CausalLM
+from perceiver.tasks import CausalLM, load_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,18 +32,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no-kv-cache", action="store_true", help="evaluate the whole model for every token")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args()
-
-
-def load_task(path: str, device: torch.device) -> tuple[CausalLM, PerceiverAR]:
-    """The task of a checkpoint and its model, rebuilt from the config in it."""
-    saved = checkpoint.load(path, device)
-    config = from_dict(saved["config"], TASKS)
-    if TASKS[config.task] is not CausalLM:
-        raise UserError(f"{path} is a checkpoint of task {config.task}; generate.py needs one of task causal_lm")
-    task = CausalLM(config)
-    model = task.build_model().to(device).eval()
-    model.load_state_dict(saved["model"])
-    return task, model
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -69,7 +53,10 @@ def main(args: argparse.Namespace) -> None:
     for name in ("max_new_tokens", "num_samples"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    task, model = load_task(args.ckpt, init_ranks(args.device).device)
+    task, model = load_checkpoint(args.ckpt, init_ranks(args.device).device)
+    if not isinstance(task, CausalLM):
+        raise UserError(f"{args.ckpt} is a checkpoint of task {task.config.task}, for predict.py; "
+                        "generate.py needs one of task causal_lm")
     text = read_prompt(args)
     prompt = task.tokenizer.encode(text)
     if len(prompt) > model.config.max_seq_len:

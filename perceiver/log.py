@@ -30,7 +30,7 @@ class RunLog:
             self.writer.add_scalar(f"{split}/{name}", value, step)
 
     def show(self, step: int, things: dict[str, str | Tensor]) -> None:
-        """Texts, which are printed too, and pictures (3, H, W) in [0, 1]."""
+        """Texts, which are printed too, and pictures (3, H, W) of uint8."""
         for name, thing in things.items():
             if isinstance(thing, str):
                 print(f"----- {name}", thing, "-----", sep="\n")

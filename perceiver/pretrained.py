@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
 from perceiver import checkpoint
@@ -117,6 +118,15 @@ def read_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind",
         raise UserError(f"{path} lacks {error.args[0]}") from None
     except ValueError as error:
         raise UserError(f"the weights in {path} and its config.json do not fit: {error}") from None
+
+
+def published_class_names(name_or_path: str | os.PathLike, num_classes: int) -> list[str] | None:
+    """Of an image classifier: those in its config.json or, if there are 1000, ImageNet's; None if they are not known."""
+    names = read_config(find_weights(name_or_path).with_name("config.json")).get("id2label", {})
+    names = [names.get(str(number), f"LABEL_{number}") for number in range(num_classes)]
+    if not all(re.fullmatch(r"LABEL_\d+", name) for name in names):  # what transformers writes for want of names
+        return names
+    return ResNet50_Weights.DEFAULT.meta["categories"] if num_classes == 1000 else None
 
 
 def start_from(model: nn.Module, source: str, config: Config) -> None:

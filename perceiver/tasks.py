@@ -7,6 +7,7 @@ import gzip
 import lzma
 import math
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,15 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from perceiver import sampling
+from perceiver import checkpoint, pictures, sampling
 from perceiver.adapters import ImageClassifierConfig, MaskedLMConfig, TextClassifierConfig
-from perceiver.config import Config
+from perceiver.config import Config, from_dict
 from perceiver.data import (IGNORE, ByteTokenizer, IdTokenizer, ImageDataConfig, MaskedBlocks, MaskedTextDataConfig,
                             MaskedWindows, Shuffled, TextBlocks, TextClassificationDataConfig, TextDataConfig, TextWindows,
                             load_images, load_labelled_text, load_text)
 from perceiver.errors import UserError
 from perceiver.model import PerceiverARConfig
-from perceiver.pretrained import start_from
+from perceiver.pretrained import load_weights, start_from
 
 
 class Task(ABC):
@@ -59,7 +60,7 @@ class Task(ABC):
         return metrics
 
     def show(self, model: nn.Module) -> dict[str, str | Tensor]:
-        """Things to look at after an evaluation, by name: texts, and pictures (3, H, W)."""
+        """Things to look at after an evaluation, by name: texts, and pictures (3, H, W) of uint8."""
         return {}
 
     def summary(self, metrics: dict[str, float]) -> str | None:
@@ -138,8 +139,9 @@ class MaskedLM(Task):
         metrics = super().metrics(sums)
         return metrics | {"bits_per_byte": metrics["loss"] / math.log(2)}
 
-    def show(self, model: nn.Module) -> dict[str, str]:
-        """The start of the validation text as the model gets it, each masked byte a _, and as it fills that in."""
+    def show(self, model: nn.Module) -> dict[str, str | Tensor]:
+        """The start of the validation text as the model gets it, each masked byte a _, as it fills that in, and where it
+        looks."""
         example = {name: torch.from_numpy(values)[None].to(next(model.parameters()).device)
                    for name, values in self.val_set[0].items()}
         with torch.inference_mode():
@@ -149,8 +151,9 @@ class MaskedLM(Task):
         masked = ids == tokenizer.MASK
         blanks = torch.full_like(ids, ord("_")) + tokenizer.OFFSET
         filled = best[0, :512] + tokenizer.OFFSET
-        return {name: tokenizer.decode(torch.where(masked, there, ids).tolist())
-                for name, there in (("masked", blanks), ("filled", filled))}
+        texts = {name: tokenizer.decode(torch.where(masked, there, ids).tolist())
+                 for name, there in (("masked", blanks), ("filled", filled))}
+        return texts | {"attention": first_text_attention(model, self.val_set)}
 
     def summary(self, metrics: dict[str, float]) -> str:
         """Beside the best that can be done without looking at the text around a byte."""
@@ -193,6 +196,10 @@ class TextClassification(Classification):
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         return self.class_sums(model(batch["input_ids"], batch.get("pad_mask")), batch["label"])
 
+    def show(self, model: nn.Module) -> dict[str, Tensor]:
+        """Where the model looks in the first validation text."""
+        return {"attention": first_text_attention(model, self.val_set)}
+
 
 class ImageClassification(Classification):
     """Perceiver or Perceiver IO on images with labels."""
@@ -206,6 +213,20 @@ class ImageClassification(Classification):
         smoothing = self.config.data.label_smoothing if model.training else 0.0
         return self.class_sums(model(batch["image"]), batch["label"], smoothing)
 
+    def show(self, model: nn.Module) -> dict[str, Tensor]:
+        """Where the model looks in the first validation image."""
+        return {"attention": self.attention(model, self.val_set[0]["image"])}
+
+    def attention(self, model: nn.Module, image: Tensor, latents: list[int] | None = None) -> Tensor:
+        """A picture of it over an image (C, H, W), normalised as the model gets it."""
+        return pictures.over_image(model, image, self.config.data.mean, self.config.data.std, latents)
+
+
+def first_text_attention(model: nn.Module, texts: Dataset) -> Tensor:
+    """A picture of where the model looks in the first text, without its padding."""
+    example = texts[0]
+    return pictures.over_text(model, torch.from_numpy(example["input_ids"][~example["pad_mask"]]))
+
 
 def token_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Of logits (B, L, V) and labels (B, L), where those are not IGNORE."""
@@ -215,3 +236,15 @@ def token_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 TASKS = {"causal_lm": CausalLM, "masked_lm": MaskedLM, "text_classification": TextClassification,
          "image_classification": ImageClassification}
+
+
+def load_checkpoint(path: str | Path, device: torch.device) -> tuple[Task, nn.Module]:
+    """The task of a checkpoint of train.py and its model, rebuilt from the config in it, in evaluation mode. Raises
+    UserError if there is none or it is broken."""
+    saved = checkpoint.load(path, device)
+    config = from_dict(saved["config"], TASKS)
+    task = TASKS[config.task](config)
+    task.class_names = saved.get("class_names")
+    model = task.build_model().to(device)
+    load_weights(model, saved["model"], str(path))
+    return task, model.eval()
