@@ -3,7 +3,6 @@
 Reads from top to bottom: one config in, one run folder out. What depends on the modality is asked of the task.
 """
 import math
-import os
 import signal
 import sys
 import time
@@ -45,7 +44,7 @@ def main(config: Config, ranks: Ranks) -> int:
         return 0
 
     # The data and the run folder, in this order: a run that cannot start leaves nothing behind.
-    train_set, val_set = task.load_data()
+    train_set, val_set = ranks.main_first(task.load_data)  # it may download
     folder = Path(train.out_dir)
     last, best = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt"
     step, best_loss = checkpoint.resume(config, model, optimizer, ranks)
@@ -165,7 +164,7 @@ def main(config: Config, ranks: Ranks) -> int:
         return 128 + (stop.received or signal.SIGTERM)
     if ranks.is_main:
         print(f"step {step} of {train.max_steps}, the run is complete: {listing(val)}")
-        print(task.summary(val), f"checkpoints in {last.parent}", sep="\n")
+        print(*filter(None, (task.summary(val), f"checkpoints in {last.parent}")), sep="\n")
         log.close()
     return 0
 
@@ -186,8 +185,7 @@ if __name__ == "__main__":
         config = load_config(sys.argv[1], sys.argv[2:], TASKS)
         code = main(config, distributed.init_ranks(config.train.device))
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         code = 2
     distributed.close()
     sys.exit(code)

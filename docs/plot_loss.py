@@ -13,7 +13,7 @@ figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
 for split, style in (("train", dict(linewidth=1)), ("val", dict(marker="o"))):
     points = [(line["step"], line["bits_per_byte"]) for line in lines if line["split"] == split]
     axes.plot(*zip(*points), label=split, **style)
-axes.set(xlabel="step", ylabel="bits per byte", title=f"{run.name}: {sys.argv[1]}/metrics.jsonl")
+axes.set(xlabel="step", ylabel="bits per byte", title=f"runs/{run.name}")
 axes.grid(alpha=0.3)
 axes.legend()
 figure.savefig(out, dpi=110)

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perceiver.model import (Perceiver, PerceiverDecoder, PerceiverDecoderConfig, PerceiverEncoder, PerceiverEncoderConfig,
-                             PerceiverIO, check_positive, init_weights)
+from perceiver.model import (Perceiver, PerceiverDecoder, PerceiverDecoderConfig, PerceiverEncoder,
+                             PerceiverEncoderConfig, PerceiverIO, check_positive, init_weights)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Positions
@@ -42,10 +42,10 @@ def fourier_features(positions: Tensor, num_bands: int, max_resolution: tuple[in
 
 
 class FourierPositions(nn.Module):
-    """Fourier features of a grid's positions, always computed in float32: () -> (M, C).
+    """Fourier features of a grid's positions, always computed in float32: grid -> (M, C).
 
-    `grid` is the usual one, whose features are kept; others are computed when they come. `max_resolution` gives the
-    frequencies; default: the grid's.
+    The features of `grid`, the usual one, are kept; those of others are computed when they come. `max_resolution` gives
+    the frequencies; default: the usual grid.
     """
 
     def __init__(self, grid: tuple[int, ...], num_bands: int, max_resolution: tuple[int, ...] | None = None):
@@ -64,9 +64,9 @@ class FourierPositions(nn.Module):
 
 
 class TrainablePositions(nn.Module):
-    """A trained vector for every position of a grid, optionally projected: () -> (M, C).
+    """A trained vector for every position of a grid, optionally projected: grid -> (M, C).
 
-    Of a grid with one dimension, a text, inputs may be fewer than positions: they take the first ones.
+    If the grid has one dimension, as a text has, there may be fewer inputs than positions: they take the first ones.
     """
 
     def __init__(self, grid: tuple[int, ...], num_channels: int, num_projected_channels: int | None = None,
@@ -276,12 +276,12 @@ class ImageInputConfig:
 
     def build(self, init_scale: float) -> InputAdapter:
         """Images (B, channels, height, width) -> (B, M, C)."""
-        num_image_channels = self.image_shape[2]
         if self.positions == "fourier":
             positions = FourierPositions(self.grid, self.num_frequency_bands, self.max_resolution)
         else:
-            positions = TrainablePositions(self.grid, self.num_position_channels, self.num_position_channels, init_scale)
-        features = ImageFeatures(num_image_channels, self.features, self.num_feature_channels, self.conv_padding,
+            num_channels = self.num_position_channels
+            positions = TrainablePositions(self.grid, num_channels, num_channels, init_scale)
+        features = ImageFeatures(self.image_shape[2], self.features, self.num_feature_channels, self.conv_padding,
                                  init_scale)
         return InputAdapter(features, self.num_channels - positions.num_channels, positions)
 
@@ -293,7 +293,8 @@ class PerceiverIOConfig:
     num_latent_channels: int = 512  # D
     encoder: PerceiverEncoderConfig = field(default_factory=PerceiverEncoderConfig)
     decoder: PerceiverDecoderConfig | None = field(default_factory=PerceiverDecoderConfig)
-    init_from: str | None = None  # weights to start training from: as `from_pretrained`, or a checkpoint of train.py
+    # Weights to start training from: as `from_pretrained`, or a checkpoint of train.py
+    init_from: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         check_positive(self, "num_latents", "num_latent_channels")
@@ -347,7 +348,7 @@ class MaskedLMConfig(PerceiverIOConfig):
 class ClassifierConfig(PerceiverIOConfig):
     """Anything to logits of classes (B, E). Without a decoder, it's the original Perceiver: the mean of the latents."""
     num_classes: int = 10  # E
-    freeze_encoder: bool = False  # train what comes after the latents alone
+    freeze_encoder: bool = field(default=False, kw_only=True)  # train what comes after the latents alone
 
     def __post_init__(self):
         super().__post_init__()

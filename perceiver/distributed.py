@@ -1,6 +1,7 @@
 """Processes: one a GPU (or several on a CPU), started by torchrun; without torchrun, one process."""
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,15 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Whether any rank says so; all wait for all. Goes over the CPU: it doesn't wait for the GPU's queue."""
         return self.sum({"flag": torch.tensor(int(flag))})["flag"].item() > 0
+
+    def main_first(self, work: Callable):
+        """What `work` returns, on every rank; the others begin when the first is done."""
+        if not self.is_main:
+            self.any(False)
+        result = work()
+        if self.is_main:
+            self.any(False)
+        return result
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model as it's called in training, with gradients averaged over the ranks."""

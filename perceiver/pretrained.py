@@ -111,7 +111,9 @@ def read_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind",
             key = re.sub(pattern, ours, key)
         state[key] = value.float() if value.is_floating_point() else value
     try:
-        return (masked_lm if kind == "masked_lm" else image_classifier)(kind, state, published, variant), state
+        if kind == "masked_lm":
+            return masked_lm(state, published, variant), state
+        return image_classifier(kind, state, published, variant), state
     except KeyError as error:
         raise UserError(f"{path} lacks {error.args[0]}") from None
     except ValueError as error:
@@ -163,7 +165,8 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
     }
     if any(problems.values()):
         raise UserError(f"the weights in {source} do not fit the model: " + "; ".join(
-            f"{len(keys)} {problem}: {', '.join(sorted(keys))}" for problem, keys in problems.items() if keys))
+            f"{len(keys)} {problem}: {', '.join(sorted(keys)[:20])}{', ...' * (len(keys) > 20)}"
+            for problem, keys in problems.items() if keys))
     model.load_state_dict(state, strict=False)
 
 
@@ -175,7 +178,7 @@ def shape(tensor: Tensor) -> str:
 # Configs, from the shapes of weights and what config.json adds
 
 
-def masked_lm(kind: str, state: dict[str, Tensor], published: dict, variant: str) -> MaskedLMConfig:
+def masked_lm(state: dict[str, Tensor], published: dict, variant: str) -> MaskedLMConfig:
     vocab_size, num_input_channels = state["input_adapter.features.weight"].shape
     return MaskedLMConfig(
         **core(state, published, variant, num_blocks=1, num_heads=8, num_decoder_heads=8, query_residual=False),
@@ -186,19 +189,18 @@ def image_classifier(kind: str, state: dict[str, Tensor], published: dict, varia
     num_classes = len(state["output_adapter.linear.weight"])
     if (num_labels := published.get("num_labels", len(published.get("id2label", [])))) not in (0, num_classes):
         raise ValueError(f"{num_classes} classes, config.json has num_labels={num_labels}")
-    size = published.get("image_size", 224)  # that of images the model was trained with: others may be given to it
+    size = published.get("image_size", 224)  # the usual one: Fourier positions are of any size
     if kind == "image_fourier":
         image_input = ImageInputConfig((size, size, 3), max_resolution=(224, 224))
     elif kind == "image_conv":
-        num_channels, num_image_channels = state["input_adapter.features.conv.weight"].shape[:2]
-        image_input = ImageInputConfig((size, size, num_image_channels), "conv", num_channels, max_resolution=(56, 56),
-                                       conv_padding="same" if variant == "deepmind" else "symmetric")
+        image_input = ImageInputConfig((size, size, 3), "conv", len(state["input_adapter.features.conv.weight"]),
+                                       conv_padding="same" if variant == "deepmind" else "symmetric",
+                                       max_resolution=(56, 56))
     else:
-        num_channels, num_image_channels = state["input_adapter.features.conv.weight"].shape[:2]
         num_positions, num_position_channels = state["input_adapter.positions.table.weight"].shape
         size = math.isqrt(num_positions)
-        image_input = ImageInputConfig((size, size, num_image_channels), "conv1x1", num_channels, positions="trainable",
-                                       num_position_channels=num_position_channels)
+        image_input = ImageInputConfig((size, size, 3), "conv1x1", len(state["input_adapter.features.conv.weight"]),
+                                       positions="trainable", num_position_channels=num_position_channels)
     residual = kind != "image_learned" or variant == "transformers"
     return ImageClassifierConfig(
         **core(state, published, variant, num_blocks=8, num_heads=1, num_decoder_heads=1, query_residual=residual),
@@ -267,7 +269,10 @@ def read_config(path: Path) -> dict:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors by name, of a PyTorch or a safetensors file."""
     try:
-        weights = read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            weights = read_safetensors(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"weights {path} cannot be read ({reason}); the file may be cut short or damaged") from None
@@ -309,13 +314,14 @@ def download(name: str, file: str) -> Path | None:
             request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
             with urllib.request.urlopen(request, timeout=60) as response:
                 if response.status != http.HTTPStatus.PARTIAL_CONTENT:
-                    start = 0
-                    out.truncate(0)
-                size = start + int(response.headers["Content-Length"])
+                    start = out.seek(0)
+                    out.truncate()
+                length = response.headers["Content-Length"]
+                size = start + int(length) if length else None
                 with tqdm(desc=f"{name}/{file}", total=size, initial=start, unit="B", unit_scale=True) as bar:
                     while chunk := response.read(1 << 20):
                         bar.update(out.write(chunk))
-            if out.tell() < size:
+            if size is not None and out.tell() < size:
                 raise OSError(f"the connection closed after {out.tell()} of {size} bytes")
         except urllib.error.HTTPError as error:
             part.unlink()  # also if the server finds no rest to send: then the part is of another file

@@ -1,7 +1,9 @@
 import json
 import os
+import socket
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+        if item.get_closest_marker("network") and not online():
+            item.add_marker(pytest.mark.skip(reason="no network"))
+
+
+@cache
+def online() -> bool:
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def run_script(*args: str, processes: int = 1, **kwargs) -> subprocess.CompletedProcess:

@@ -61,15 +61,16 @@ def test_same_padding_is_tensorflows(size, kernel, padding):
 
 
 @pytest.mark.parametrize("kwargs, grid, num_channels", [
-    (dict(), (10, 14), 2 + 18), (dict(features="conv1x1"), (10, 14), 5 + 18), (dict(features="conv"), (3, 4), 5 + 18),
-    (dict(features="conv", conv_padding="symmetric"), (2, 3), 5 + 18), (dict(positions="trainable"), (10, 14), 2 + 6)])
+    (dict(), (9, 14), 2 + 18), (dict(features="conv1x1"), (9, 14), 5 + 18), (dict(features="conv"), (3, 4), 5 + 18),
+    (dict(features="conv", conv_padding="symmetric"), (2, 3), 5 + 18), (dict(positions="trainable"), (9, 14), 2 + 6)])
 def test_images_of_any_shape_and_channel_count(kwargs, grid, num_channels):
-    config = ImageInputConfig((10, 14, 2), num_feature_channels=5, num_frequency_bands=4, num_position_channels=6, **kwargs)
-    adapter, images = config.build(0.02), torch.randn(3, 2, 10, 14)
+    config = ImageInputConfig((9, 14, 2), num_feature_channels=5, num_frequency_bands=4, num_position_channels=6,
+                              **kwargs)
+    adapter, images = config.build(0.02), torch.randn(3, 2, 9, 14)
     assert config.grid == adapter.positions.grid == adapter.features(images).shape[1:-1] == grid
     assert config.num_channels == adapter.num_channels == num_channels
     assert adapter(images).shape == (3, grid[0] * grid[1], num_channels)
-    with pytest.raises(ValueError, match=r"images of shape \(3, 1, 10, 14\), expected \(batch, 2, height, width\)"):
+    with pytest.raises(ValueError, match=r"images of shape \(3, 1, 9, 14\), expected \(batch, 2, height, width\)"):
         adapter(images[:, :1])
 
 
@@ -101,9 +102,12 @@ def test_tied_output_shares_the_embedding():
 
 
 @pytest.mark.parametrize("kwargs, message", [
-    (dict(image_shape=(28, 28)), r"image_shape=\(28, 28\) must be 3 positive"), (dict(features="conv3"), "features='conv3'"),
-    (dict(max_resolution=(0, 3)), r"max_resolution=\(0, 3\)"), (dict(positions="sin"), "positions='sin' must be one of fo"),
-    (dict(num_frequency_bands=0), "num_frequency_bands=0 must be at least 1"), (dict(conv_padding="x"), "conv_padding")])
+    (dict(image_shape=(28, 28)), r"image_shape=\(28, 28\) must be 3 positive numbers"),
+    (dict(max_resolution=(0, 3)), r"max_resolution=\(0, 3\) must be 2 positive numbers"),
+    (dict(features="conv3"), "features='conv3' must be one of pixels, conv1x1, conv"),
+    (dict(positions="sin"), "positions='sin' must be one of fourier, trainable"),
+    (dict(num_frequency_bands=0), "num_frequency_bands=0 must be at least 1"),
+    (dict(conv_padding="x"), "conv_padding")])
 def test_config_errors_name_key_and_value(kwargs, message):
     with pytest.raises(ValueError, match=message):
         ImageInputConfig(**kwargs)
@@ -138,7 +142,8 @@ def test_a_new_modality_takes_three_adapters(one_thread):
     torch.manual_seed(0)
     series = InputAdapter(nn.Identity(), 3, FourierPositions((24,), 6))
     image = ImageInputConfig((4, 6, 1), num_frequency_bands=2).build(0.02)
-    encoder = PerceiverEncoderConfig(1, num_self_attention_heads=2, num_self_attention_layers_per_block=2, init_scale=0.1)
+    encoder = PerceiverEncoderConfig(1, num_self_attention_heads=2, num_self_attention_layers_per_block=2,
+                                     init_scale=0.1)
     for adapter in (series, Concatenated(series, image)):
         model = PerceiverIO(adapter, PerceiverEncoder(encoder, 8, 32, adapter.num_channels), TrainableQueries(4, 16),
                             PerceiverDecoder(PerceiverDecoderConfig(1, init_scale=0.1), 32, 16), LinearOutput(16, 3))

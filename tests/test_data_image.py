@@ -274,7 +274,8 @@ def test_mistakes_in_data_are_named(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("config, words", [
     ({"dataset": "svhn"}, "dataset='svhn'"), ({}, "path=None"), ({"std": [0.0, 1.0, 1.0]}, "std="),
-    ({"mean": [0.5]}, "mean="), ({"eval_crop": 2.0}, "eval_crop=2.0"), ({"rand_augment_magnitude": 11}, "rand_augment_magnitude=11"),
+    ({"mean": [0.5]}, "mean="), ({"eval_crop": 2.0}, "eval_crop=2.0"),
+    ({"rand_augment_magnitude": 11}, "rand_augment_magnitude=11"),
     ({"mixup_alpha": -1.0}, "mixup_alpha=-1.0"), ({"random_crop": 4, "random_resized_crop": True}, "random_crop=4"),
 ])
 def test_mistakes_in_the_config_are_named(config, words):

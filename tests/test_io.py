@@ -84,7 +84,8 @@ COUNTS = {
         ImageInputConfig(features="conv1x1", num_feature_channels=256, positions="trainable"))),
     "conv": (48_646_522, ImageClassifierConfig(512, 1024, encoder_config(), PerceiverDecoderConfig(1), 1000,
                                                ImageInputConfig(features="conv"))),
-    "Perceiver": (44_912_254, ImageClassifierConfig(512, 1024, encoder_config(num_cross_attention_layers=8), None, 1000)),
+    "Perceiver": (44_912_254, ImageClassifierConfig(
+        512, 1024, encoder_config(num_cross_attention_layers=8), None, 1000)),
     "Perceiver, one cross-attention": (42_135_859, ImageClassifierConfig(512, 1024, encoder_config(), None, 1000)),
     "Perceiver, first one shared": (42_135_859, ImageClassifierConfig(512, 1024, encoder_config(
         num_cross_attention_layers=8, first_cross_attention_layer_shared=True), None, 1000)),
@@ -137,7 +138,11 @@ def test_encoder_runs_the_layers_in_order_with_shared_weights(first_cross_shared
             expected = cross[i](expected, x)
         for layer in block:
             expected = layer(expected)
+    normed = []
+    for layer in model.cross_attention:
+        layer.kv_norm.register_forward_hook(lambda *_: normed.append(1))
     torch.testing.assert_close(model(x), expected)
+    assert len(normed) == len(model.cross_attention)  # keys and values of shared layers are made once
 
 
 @pytest.mark.parametrize("num_cross_attention_layers", [1, 3])
@@ -239,8 +244,8 @@ def test_transfer_of_a_masked_lm_encoder():
 
 def test_any_query_and_output():
     core = encoder()
-    model = PerceiverIO(nn.Identity(), core, TrainableQueries(4, 10), PerceiverDecoder(PerceiverDecoderConfig(2), 16, 10),
-                        LinearOutput(10, 3))
+    model = PerceiverIO(nn.Identity(), core, TrainableQueries(4, 10),
+                        PerceiverDecoder(PerceiverDecoderConfig(2), 16, 10), LinearOutput(10, 3))
     assert model(torch.randn(2, 9, 11)).shape == (2, 4, 3)
     assert model.decoder(torch.randn(2, 1000, 10), core(torch.randn(2, 9, 11))).shape == (2, 1000, 10)
 
@@ -261,7 +266,7 @@ def test_memory_has_no_score_for_every_latent_and_input():
     script = """
 import resource, torch
 from perceiver.model import PerceiverEncoder, PerceiverEncoderConfig
-config = PerceiverEncoderConfig(1, 5, 7, num_self_attention_layers_per_block=1)
+config = PerceiverEncoderConfig(1, 5, 15, num_self_attention_layers_per_block=1)
 model, x = PerceiverEncoder(config, 512, 16, 6), torch.randn(1, 2**20, 6)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 pad_mask = torch.arange(2**20)[None] > 10**6
@@ -283,11 +288,10 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
     (lambda: PerceiverDecoderConfig(activation="relu"), "activation='relu' must be gelu_tanh or gelu"),
     (lambda: PerceiverDecoderConfig(dropout=1.0), r"dropout=1.0 must be in \[0, 1\)"),
     (lambda: PerceiverDecoderConfig(init_scale=0.0), "init_scale=0.0 must be positive"),
-    (lambda: ImageClassifierConfig(512, 1024, PerceiverEncoderConfig(8)), "encoder.num_cross_attention_heads=8 does not "
-     "divide 261"),
+    (lambda: ImageClassifierConfig(512, 1024), "encoder.num_cross_attention_heads=8 does not divide 261"),
     (lambda: TextClassifierConfig(6, 20), "encoder.num_self_attention_heads=8 does not divide 20"),
     (lambda: TextClassifierConfig(6, 32, decoder=PerceiverDecoderConfig(3)), "decoder.num_cross_attention_heads=3"),
-    (lambda: MaskedLMConfig(decoder=PerceiverDecoderConfig(num_query_channels=64)), "decoder.num_query_channels=64 must be"),
+    (lambda: MaskedLMConfig(decoder=PerceiverDecoderConfig(num_query_channels=64)), "decoder.num_query_channels=64"),
     (lambda: MaskedLMConfig(num_latents=0), "num_latents=0 must be at least 1"),
     (lambda: MaskedLMConfig(decoder=None), "decoder=None"),
 ])

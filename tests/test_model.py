@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from conftest import GOLDEN
-from perceiver.model import PerceiverAR, PerceiverARConfig, attend, rotary_angles, rotate
+from perceiver.model import Linear, PerceiverAR, PerceiverARConfig, attend, rotary_angles, rotate
 
 SMALL = dict(vocab_size=19, max_seq_len=24, num_latents=8, num_channels=32, num_heads=4, num_self_attention_layers=2)
 # krasserm's names of what stands before and after the layers' own parts
@@ -209,3 +209,12 @@ def test_positions_are_exact_in_bfloat16():
     cos, _ = rotary_angles(torch.tensor([[256, 257]]), 2, torch.bfloat16)
     expected = torch.tensor([256.0, 257.0]).cos()
     assert (cos[0, 0, :, 0].float() - expected).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5])
+@pytest.mark.parametrize("outputs", [1, 7, 48, 262])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_products_of_decoding_are_those_of_a_linear_map(rows, outputs, bias):
+    layer = Linear(10, outputs, bias).double()
+    x = torch.randn(rows, 3, 10, dtype=torch.float64)[:, 1:2]  # strided, as a part of something larger is
+    assert (layer(x) - torch.nn.functional.linear(x, layer.weight, layer.bias)).abs().max() < 1e-12

@@ -61,6 +61,7 @@ def lamb(p, grads, lr, b1, b2, eps, decay):
 def lamb_model() -> torch.nn.Linear:
     torch.manual_seed(0)
     model = torch.nn.Linear(3, 2).double()
+    torch.nn.init.normal_(model.weight, std=5)  # a large trust ratio
     torch.nn.init.zeros_(model.bias)
     return model
 

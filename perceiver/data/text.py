@@ -476,9 +476,12 @@ def class_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def stdlib_packages(folder: Path) -> dict[str, list[Path]]:
-    """The files of the ten packages of the standard library with the most text, of those with ten files or more."""
+    """The files of the ten packages of the standard library with the most text, of those with ten files or more.
+
+    The longest come first: every tenth is then one of any length.
+    """
     packages = {}
-    for file in stdlib_files(folder):
+    for file in sorted(stdlib_files(folder), key=lambda file: (-file.stat().st_size, file)):
         if file.parent != folder and file.stat().st_size:
             packages.setdefault(file.relative_to(folder).parts[0], []).append(file)
     sizes = {name: sum(file.stat().st_size for file in files) for name, files in packages.items() if len(files) >= 10}

@@ -1,0 +1,131 @@
+"""What the tasks learn, trained from the command line as a user would; and the sizes of the recipes."""
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from conftest import ROOT, read_metrics, run_script
+from perceiver import checkpoint
+from perceiver.config import load_config
+from perceiver.tasks import TASKS
+
+SIZES = {"clm_wikitext103": 30_563_078, "mlm_paper": 201_108_230, "mnist": 907_212, "imagenet_fourier": 48_440_627,
+         "imagenet_learned": 62_255_848, "imagenet_conv": 48_646_522, "imagenet_perceiver": 44_912_254}
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recipes_build_models_of_the_published_sizes(name):
+    config = load_config(ROOT / "configs" / f"{name}.yaml", [], TASKS)
+    with torch.device("meta"):
+        model = TASKS[config.task](config).build_model()
+    size = sum(parameter.numel() for parameter in model.parameters())
+    assert size == SIZES.get(name, size)
+    assert f"{size:,} parameters" in (text := (ROOT / "configs" / f"{name}.yaml").read_text()) or name not in SIZES, text
+
+
+def train(name: str, out_dir: Path, *args: str):
+    result = run_script("train.py", f"configs/{name}.yaml", f"train.out_dir={out_dir}", *args)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def accuracy(run: Path) -> float:
+    return read_metrics(run, "val")[-1]["accuracy"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory) -> Path:
+    """scikit-learn's digits, 8x8, as MNIST's files: 1437 for training, 360 for testing."""
+    folder, data = tmp_path_factory.mktemp("digits"), load_digits()
+    images, order = (data.images * 255 / 16).astype(np.uint8), np.random.default_rng(0).permutation(len(data.images))
+    for part, numbers in (("train", order[:1437]), ("t10k", order[1437:])):
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(
+            struct.pack(">4i", 0x803, len(numbers), 8, 8) + images[numbers].tobytes())
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">2i", 0x801, len(numbers)) + data.target[numbers].astype(np.uint8).tobytes())
+    return folder
+
+
+def test_digits_are_learned(digits, tmp_path):
+    train("digits", tmp_path / "run", f"data.path={digits}", "train.eval_every=1000")
+    assert accuracy(tmp_path / "run") > 0.95
+    assert checkpoint.load(tmp_path / "run/checkpoints/last.pt")["class_names"] == [str(n) for n in range(10)]
+
+
+SHORT = ["train.max_steps=10", "train.eval_every=10", "train.log_every=1"]
+
+
+@pytest.mark.parametrize("processes, accumulate", [(2, 1), (1, 2)])
+def test_ranks_and_micro_batches_change_nothing_in_images(digits, tmp_path, processes, accumulate):
+    """With mixing and augmentation, whose random numbers belong to the example."""
+    common = ["train.py", "configs/digits.yaml", f"data.path={digits}", "data.mixup_alpha=0.2", "data.cutmix_alpha=1",
+              "data.batch_size=8", *SHORT]
+    runs = [run_script(*common, f"train.out_dir={tmp_path}/one"),
+            run_script(*common, f"train.out_dir={tmp_path}/many", f"train.accumulate={accumulate}", processes=processes)]
+    assert all(run.returncode == 0 for run in runs), runs[1].stderr
+    one, many = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "many")
+    assert len(one) == 10 and [line["loss"] for line in one] == pytest.approx([line["loss"] for line in many], abs=1e-5)
+
+
+def test_masked_words_with_uneven_ranks(tmp_path, corpus):
+    """Ranks have different numbers of masked bytes: the mean is over all of them, not of the ranks' means."""
+    small = ["model.input.max_seq_len=64", "model.num_latents=8", "data.batch_size=4", "data.max_val_tokens=500",
+             f"data.path={corpus}", *SHORT]
+    for name, processes in (("one", 1), ("many", 2)):
+        result = run_script("train.py", "configs/mlm.yaml", *small, f"train.out_dir={tmp_path}/{name}",
+                            processes=processes)
+        assert result.returncode == 0, result.stderr
+    for split in ("train", "val"):
+        one, many = ([line["loss"] for line in read_metrics(tmp_path / name, split)] for name in ("one", "many"))
+        assert one == pytest.approx(many, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def mlm(tmp_path_factory) -> tuple[Path, str]:
+    """A masked language model of the standard library, trained for a fraction of its recipe."""
+    run = tmp_path_factory.mktemp("mlm") / "run"
+    return run, train("mlm", run, "train.max_steps=500", "train.eval_every=500", "data.max_val_tokens=65536").stdout
+
+
+def test_masked_words_are_learned(mlm):
+    """Better than the frequencies of bytes by over one and a half bits, after a third of the recipe's steps."""
+    found = re.search(r"validation: ([\d.]+) bits per masked byte, .* it would be ([\d.]+) bits", mlm[1])
+    assert float(found[1]) < float(found[2]) - 1.5, found[0]
+    assert "----- filled" in mlm[1]
+
+
+def test_a_frozen_pretrained_encoder_beats_a_random_one(mlm, tmp_path):
+    init, steps = f"model.init_from={mlm[0]}/checkpoints/best.pt", ["train.max_steps=200", "train.eval_every=200"]
+    train("txt_clf", tmp_path / "transfer", init, *steps)
+    train("txt_clf", tmp_path / "random", "model.init_from=null", *steps)
+    assert accuracy(tmp_path / "transfer") > accuracy(tmp_path / "random") + 0.05
+    before, after = (checkpoint.load(run / "checkpoints/last.pt")["model"] for run in (mlm[0], tmp_path / "transfer"))
+    frozen = [name for name in after if name.startswith(("encoder.", "input_adapter."))]
+    assert frozen and all(torch.equal(before[name], after[name]) for name in frozen)
+    # then everything is trained on from there, the decoder included
+    train("txt_clf", tmp_path / "all", f"model.init_from={tmp_path}/transfer/checkpoints/last.pt", "optim.lr=1e-4",
+          "model.freeze_encoder=false", "train.max_steps=1", "optim.warmup_steps=0")
+    tuned = checkpoint.load(tmp_path / "all/checkpoints/last.pt")["model"]
+    assert all((tuned[name] - after[name]).abs().max() < 0.001 for name in tuned)
+    assert any(not torch.equal(tuned[name], after[name]) for name in frozen)
+
+
+@pytest.mark.parametrize("config, args, message", [
+    ("digits", ["model.num_classes=9"], "model.num_classes=9, but the data has 10 classes"),
+    ("digits", ["model.input.image_shape=[8,8,2]"], "2 channels"),
+    ("digits", ["data.path=/nowhere"], "/nowhere"),
+    ("txt_clf", ["model.init_from=/nowhere.pt"], "/nowhere.pt does not exist"),
+    ("txt_clf", ["model.init_from={mlm}", "model.encoder.num_self_attention_heads=8"], "num_self_attention_heads=4"),
+    ("txt_clf", ["model.init_from={mlm}", "model.num_latents=32"], "encoder"),
+])
+def test_mistakes_are_one_line_and_exit_code_2(digits, mlm, tmp_path, config, args, message):
+    args = [arg.format(mlm=mlm[0] / "checkpoints/last.pt") for arg in args]
+    data = [] if config == "txt_clf" or "data.path=/nowhere" in args else [f"data.path={digits}"]
+    result = run_script("train.py", f"configs/{config}.yaml", f"train.out_dir={tmp_path}/run", *data, *args)
+    assert result.returncode == 2 and message in result.stderr, result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
