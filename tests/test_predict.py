@@ -33,7 +33,7 @@ def new_checkpoint(path, task, class_names=None, model={}, data={}):
     net = TASKS[task](config).build_model().eval()
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    checkpoint.save({"model": net.state_dict(), "optimizer": {}, "step": 1, "best_loss": 1.0, "class_names": class_names,
+    checkpoint.save({"model": net.state_dict(), "optimizer": {}, "step": 1, "class_names": class_names,
                      "config": to_dict(config)}, path)
     return path, net
 
@@ -57,8 +57,9 @@ def mlm(tmp_path_factory):
     (folder / "text.txt").write_text("the quick brown fox. " * 500)
     (folder / "mlm.yaml").write_text("task: masked_lm")
     result = run_script(
-        "train.py", folder / "mlm.yaml", f"data.path={folder}/text.txt", f"train.out_dir={folder}/run", "data.mask_prob=0.3",
-        "train.max_steps=500", "train.eval_every=500", "data.max_val_tokens=200", "optim.lr=0.01", "optim.warmup_steps=50",
+        "train.py", folder / "mlm.yaml", f"data.path={folder}/text.txt", f"train.out_dir={folder}/run",
+        "data.mask_prob=0.3", "train.max_steps=500",
+        "train.eval_every=500", "data.max_val_tokens=200", "optim.lr=0.01", "optim.warmup_steps=50",
         "model.num_latents=8", "model.num_latent_channels=32", "model.input.max_seq_len=42", "train.device=cpu",
         "model.input.num_input_channels=32", "model.encoder.num_self_attention_layers_per_block=1",
         *(f"model.encoder.num_{kind}_attention_heads=2" for kind in ("cross", "self")),
