@@ -117,7 +117,7 @@ def text_blocks(input_ids: list[int], weights: Tensor, latents: list[int]) -> Te
     cells, x, y = [], MARGIN, CAPTION  # of characters: (text, number of tokens, x, y, width)
     for text, count in characters(input_ids):
         width = math.ceil(font.getlength(text)) + 1
-        if x + width > max_width - MARGIN:
+        if x + width > max_width - MARGIN and text != LINE_END:
             x, y = MARGIN, y + line_height
         cells.append((text, count, x, y, width))
         x, y = (MARGIN, y + line_height) if text == LINE_END else (x + width, y)
