@@ -1,10 +1,11 @@
 """Run a trained model on files: `python predict.py --ckpt runs/mnist/checkpoints/best.pt digit.png`.
 
-The checkpoint tells what is done with the inputs: masks of a text are filled, texts or images are classified. Results go
-to stdout, everything else to stderr, pictures to files.
+The checkpoint tells what is done with the inputs: masks of a text are filled, texts or images are classified. Results
+go to stdout, everything else to stderr, pictures to files.
 """
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterator
 from itertools import count
@@ -27,9 +28,9 @@ from perceiver.tasks import Classification, ImageClassification, MaskedLM, Task,
 MASK = b"[MASK]"
 EPILOG = """\
 masked language models
-  INPUT is a text with masks, or a file with one. Each [MASK] stands for --mask-bytes bytes, several in a row for as
-  many times that. It is no matter of the model to find how many: the default, 7, is what deepmind/language-perceiver
-  needs to write "missing" here:
+  INPUT is a text with masks, or a file with one. Each [MASK] stands for --mask-bytes bytes, and several in a row for
+  that many times as many: the model fills bytes, it doesn't choose how many. The default, 7, leaves
+  deepmind/language-perceiver the room to write "missing" here:
     python predict.py --ckpt deepmind/language-perceiver \\
       "This is an incomplete sentence where some words are [MASK]."
   For masks of different lengths, --mask-bytes 1 and a [MASK] for every byte. Printed are the text, and of each mask
@@ -45,10 +46,10 @@ def parse_args() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="what it may be depends on the model, see below; "
                         "- is a text from stdin")
-    parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py (.pt), the Hugging Face name of official "
-                        "weights, such as deepmind/language-perceiver, or a folder or file with such weights")
+    parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py (.pt), the Hugging Face name of "
+                        "official weights, such as deepmind/language-perceiver, or a folder or file with such weights")
     parser.add_argument("--top-k", type=int, default=5, help="classes to print; default: %(default)s")
-    parser.add_argument("--mask-bytes", type=int, default=7, help="bytes that a [MASK] stands for; default: %(default)s")
+    parser.add_argument("--mask-bytes", type=int, default=7, help="that a [MASK] stands for; default: %(default)s")
     parser.add_argument("--attention", action="store_true", help="write a picture of what some latents look at")
     parser.add_argument("--latents", metavar="0,1,2", help="by number, the latents in the picture; default: the four "
                         "whose attention is the most focused")
@@ -72,13 +73,11 @@ def fill_masks(task: MaskedLM, model: nn.Module, args: argparse.Namespace) -> No
             text = read_text(source)
         if MASK not in text:
             raise UserError(f"{shorten(source)} holds no {MASK.decode()} to fill, and is no file with one")
-        blank = [tokenizer.MASK] * args.mask_bytes
-        first, *rest = map(tokenizer.encode, text.split(MASK))
-        ids, spans = first, []
-        for piece in rest:
-            start = spans.pop()[0] if spans and spans[-1][1] == len(ids) else len(ids)  # masks in a row are one
-            spans.append((start, len(ids) + len(blank)))
-            ids = ids + blank + piece
+        ids, spans = [], []
+        for i, piece in enumerate(re.split(rb"((?:\[MASK\])+)", text)):  # text, masks in a row, text, ...
+            start = len(ids)
+            ids += [tokenizer.MASK] * (args.mask_bytes * piece.count(MASK)) if i % 2 else tokenizer.encode(piece)
+            spans += [slice(start, len(ids))] if i % 2 else []
         if len(ids) > max_seq_len:
             raise UserError(f"{shorten(source)} has {len(ids)} bytes, the model takes {max_seq_len}")
         input_ids = torch.tensor(ids, device=args.device)
@@ -88,8 +87,7 @@ def fill_masks(task: MaskedLM, model: nn.Module, args: argparse.Namespace) -> No
         filled = input_ids.index_put((places,), byte + tokenizer.OFFSET).tolist()
         log_probs = torch.zeros(len(ids), device=args.device).index_put((places,), best)
         say(tokenizer.decode(filled),
-            *(f"  {tokenizer.decode(filled[start:end])!r}, probability {log_probs[start:end].sum().exp():.3g}"
-              for start, end in spans))
+            *(f"  {tokenizer.decode(filled[span])!r}, probability {log_probs[span].sum().exp():.3g}" for span in spans))
         if args.attention:
             save(pictures.over_text(model, input_ids, args.latents), name, args)
 

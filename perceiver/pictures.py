@@ -89,7 +89,7 @@ def image_tiles(image: Tensor, weights: Tensor, latents: list[int]) -> Tensor:
 
 
 def caption(latent: int, weight: Tensor) -> str:
-    return f"latent {latent}, at most {weight.max():.1%}"
+    return f"latent {latent}, at most {100 * weight.max():.2g}%"
 
 
 def ramp(weights: Tensor) -> Tensor:

@@ -143,8 +143,8 @@ class MaskedLM(Task):
         return super().metrics(sums) | {"bits_per_byte": sums["masked_loss"] / sums["count"] / math.log(2)}
 
     def show(self, model: nn.Module) -> dict[str, str | Tensor]:
-        """The start of the validation text as the model gets it, each masked byte a _, as it fills that in, and where it
-        looks."""
+        """The start of the validation text as the model gets it, each masked byte a _, as it fills that in, and a picture
+        of where it looks."""
         example = {name: torch.from_numpy(values)[None].to(next(model.parameters()).device)
                    for name, values in self.val_set[0].items()}
         with torch.inference_mode():
