@@ -45,6 +45,9 @@ def main(config: Config, ranks: Ranks) -> int:
 
     # The data and the run folder, in this order: a run that cannot start leaves nothing behind.
     train_set, val_set = ranks.main_first(task.load_data)  # it may download
+    if len(val_set) < ranks.world_size:
+        raise UserError(f"the validation set has {len(val_set)} examples, fewer than the {ranks.world_size} processes; "
+                        "give more data, or raise data.val_fraction")
     folder = Path(train.out_dir)
     last, best = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt"
     step, best_loss = checkpoint.resume(config, model, optimizer, ranks)

@@ -133,11 +133,14 @@ class MaskedLM(Task):
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         logits, labels = model(batch["input_ids"], batch.get("pad_mask")), batch["labels"]  # (B, L, V), (B, L)
-        return token_sums(logits, labels) | {"correct": (logits.argmax(-1) == labels).sum()}
+        sums = token_sums(logits, labels) | {"correct": (logits.argmax(-1) == labels).sum()}
+        sums["masked_loss"] = sums["loss"]
+        if model.training and (weight := self.config.data.unmasked_weight):
+            sums["loss"] = sums["loss"] + weight * token_sums(logits, batch["input_ids"].where(labels == IGNORE, IGNORE))["loss"]
+        return sums
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        metrics = super().metrics(sums)
-        return metrics | {"bits_per_byte": metrics["loss"] / math.log(2)}
+        return super().metrics(sums) | {"bits_per_byte": sums["masked_loss"] / sums["count"] / math.log(2)}
 
     def show(self, model: nn.Module) -> dict[str, str | Tensor]:
         """The start of the validation text as the model gets it, each masked byte a _, as it fills that in, and a picture

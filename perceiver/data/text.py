@@ -323,10 +323,12 @@ WHITESPACE = np.frombuffer(b" \t\n\r\v\f", np.uint8) + np.int64(ByteTokenizer.OF
 @dataclass
 class MaskedTextDataConfig(TextDataConfig):
     mask_prob: float = 0.15  # probability of a word to be chosen for prediction
+    unmasked_weight: float = 0.0  # training: weight of the loss of a byte that is not chosen, and only to be repeated
 
     def __post_init__(self):
         super().__post_init__()
         require(0 < self.mask_prob <= 1, f"mask_prob={self.mask_prob} must be in (0, 1]")
+        require(self.unmasked_weight >= 0, f"unmasked_weight={self.unmasked_weight} must not be negative")
 
 
 def mask_words(ids: np.ndarray, mask_prob: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
