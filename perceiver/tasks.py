@@ -136,7 +136,8 @@ class MaskedLM(Task):
         sums = token_sums(logits, labels) | {"correct": (logits.argmax(-1) == labels).sum()}
         sums["masked_loss"] = sums["loss"]
         if model.training and (weight := self.config.data.unmasked_weight):
-            sums["loss"] = sums["loss"] + weight * token_sums(logits, batch["input_ids"].where(labels == IGNORE, IGNORE))["loss"]
+            unmasked = batch["input_ids"].where(labels == IGNORE, IGNORE)
+            sums["loss"] = sums["loss"] + weight * token_sums(logits, unmasked)["loss"]
         return sums
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
