@@ -3,7 +3,6 @@
 Only the text goes to stdout, as it is made; everything else goes to stderr.
 """
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from perceiver.distributed import init_ranks
-from perceiver.errors import UserError
+from perceiver.errors import UserError, run_script
 from perceiver.sampling import generate
 from perceiver.tasks import CausalLM, load_checkpoint
 
@@ -87,12 +86,4 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of the text has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    run_script(lambda: main(parse_args()))

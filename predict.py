@@ -21,7 +21,7 @@ from perceiver.adapters import MaskedLMConfig
 from perceiver.config import Config
 from perceiver.data import ByteTokenizer, ImageDataConfig, MaskedTextDataConfig, image_transform, read_image
 from perceiver.distributed import init_ranks
-from perceiver.errors import UserError
+from perceiver.errors import UserError, run_script
 from perceiver.pretrained import VARIANTS, load_weights, published_class_names, read_pretrained
 from perceiver.tasks import Classification, ImageClassification, MaskedLM, Task, TextClassification, load_checkpoint
 
@@ -214,12 +214,4 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-    try:
-        main(parse_args())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of the results has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    run_script(lambda: main(parse_args()))

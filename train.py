@@ -16,7 +16,7 @@ from perceiver import checkpoint, distributed
 from perceiver.config import Config, load_config, to_dict, to_yaml
 from perceiver.data import TrainKeys, eval_loader, train_loader
 from perceiver.distributed import Ranks, StopSignal, add, floats
-from perceiver.errors import UserError
+from perceiver.errors import UserError, run_script
 from perceiver.log import RunLog
 from perceiver.optim import build_optimizer, learning_rate, scale_and_clip
 from perceiver.speed import peak_flops, training_flops
@@ -172,6 +172,14 @@ def main(config: Config, ranks: Ranks) -> int:
     return 0
 
 
+def run() -> int:
+    config = load_config(sys.argv[1], sys.argv[2:], TASKS)
+    try:
+        return main(config, distributed.init_ranks(config.train.device))
+    finally:
+        distributed.close()
+
+
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     return {name: values.to(device, non_blocking=True) for name, values in batch.items()}
 
@@ -184,11 +192,4 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         print(__doc__.splitlines()[0], file=sys.stderr)
         sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
-    try:
-        config = load_config(sys.argv[1], sys.argv[2:], TASKS)
-        code = main(config, distributed.init_ranks(config.train.device))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    distributed.close()
-    sys.exit(code)
+    run_script(run)

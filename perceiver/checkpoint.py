@@ -82,7 +82,8 @@ def resume(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, r
     checkpoint = load(source, ranks.device)
     old, new = checkpoint["config"], to_dict(config)
     if old["task"] != new["task"]:
-        raise UserError(f"{source} is a checkpoint of task {old['task']}, not {new['task']}; choose another train.out_dir")
+        raise UserError(f"{source} is a checkpoint of task {old['task']}, not {new['task']}; "
+                        "choose another train.out_dir")
     changed = [key for key in new["model"] if old["model"].get(key) != new["model"][key]]
     try:
         model.load_state_dict(checkpoint["model"])

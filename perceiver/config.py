@@ -36,7 +36,8 @@ class OptimConfig:
                              ("schedule", ("cosine", "constant", "constant_cosine", "step"))):
             require(getattr(self, key) in choices, f"{key}={getattr(self, key)!r} must be one of {', '.join(choices)}")
         require(self.lr > 0, f"lr={self.lr} must be positive")
-        require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), f"betas={self.betas} must be two in [0, 1)")
+        require(len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+                f"betas={self.betas} must be two in [0, 1)")
         require(self.eps > 0, f"eps={self.eps} must be positive")
         require(0 <= self.momentum < 1, f"momentum={self.momentum} must be in [0, 1)")
         require(self.weight_decay >= 0, f"weight_decay={self.weight_decay} must not be negative")

@@ -121,7 +121,7 @@ def read_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind",
 
 
 def published_class_names(name_or_path: str | os.PathLike, num_classes: int) -> list[str] | None:
-    """Of an image classifier: those in its config.json or, if there are 1000, ImageNet's; None if they are not known."""
+    """Of an image classifier: those in config.json or, if there are 1000, ImageNet's; None if they are not known."""
     names = read_config(find_weights(name_or_path).with_name("config.json")).get("id2label", {})
     names = [names.get(str(number), f"LABEL_{number}") for number in range(num_classes)]
     if not all(re.fullmatch(r"LABEL_\d+", name) for name in names):  # what transformers writes for want of names

@@ -19,8 +19,8 @@ from perceiver import checkpoint, pictures, sampling
 from perceiver.adapters import ImageClassifierConfig, MaskedLMConfig, TextClassifierConfig
 from perceiver.config import Config, from_dict
 from perceiver.data import (IGNORE, ByteTokenizer, IdTokenizer, ImageDataConfig, MaskedBlocks, MaskedTextDataConfig,
-                            MaskedWindows, Shuffled, TextBlocks, TextClassificationDataConfig, TextDataConfig, TextWindows,
-                            load_images, load_labelled_text, load_text)
+                            MaskedWindows, Shuffled, TextBlocks, TextClassificationDataConfig, TextDataConfig,
+                            TextWindows, load_images, load_labelled_text, load_text)
 from perceiver.errors import UserError
 from perceiver.model import PerceiverARConfig
 from perceiver.pretrained import load_weights, start_from
@@ -144,8 +144,8 @@ class MaskedLM(Task):
         return super().metrics(sums) | {"bits_per_byte": sums["masked_loss"] / sums["count"] / math.log(2)}
 
     def show(self, model: nn.Module) -> dict[str, str | Tensor]:
-        """The start of the validation text as the model gets it, each masked byte a _, as it fills that in, and a picture
-        of where it looks."""
+        """The start of the validation text as the model gets it, each masked byte a _, as it fills that in, and a
+        picture of where it looks."""
         example = {name: torch.from_numpy(values)[None].to(next(model.parameters()).device)
                    for name, values in self.val_set[0].items()}
         with torch.inference_mode():
@@ -163,10 +163,10 @@ class MaskedLM(Task):
         """Beside the best that can be done without looking at the text around a byte."""
         counts = np.bincount(self.train_tokens.values, minlength=256) + 1  # one more of each: none is impossible
         bits = -np.log2(counts / counts.sum())
-        labels = np.concatenate([example["labels"] for example in map(self.val_set.__getitem__, range(len(self.val_set)))])
+        labels = np.concatenate([self.val_set[index]["labels"] for index in range(len(self.val_set))])
         frequency_bits = bits[labels[labels != IGNORE] - ByteTokenizer.OFFSET].mean()
-        return (f"validation: {metrics['bits_per_byte']:.3f} bits per masked byte, {metrics['accuracy']:.1%} of them right; "
-                f"by the frequencies of bytes it would be {frequency_bits:.3f} bits")
+        return (f"validation: {metrics['bits_per_byte']:.3f} bits per masked byte, {metrics['accuracy']:.1%} of them "
+                f"right; by the frequencies of bytes it would be {frequency_bits:.3f} bits")
 
 
 class Classification(Task):
