@@ -84,6 +84,12 @@ def main(config: Config, ranks: Ranks) -> int:
         model.train()
         return None if ranks.any(stop.received) else task.metrics(floats(ranks.sum(totals)))
 
+    def not_finite(what: str) -> int:
+        if ranks.is_main:
+            print(f"error: at step {step} the {what}; the last good checkpoint is as it was. Try a lower optim.lr, "
+                  "a smaller optim.max_grad_norm or train.precision=float32", file=sys.stderr)
+        return 1
+
     model.train()
     bar = tqdm(total=train.max_steps, initial=step, disable=not ranks.is_main, mininterval=1.0, dynamic_ncols=True)
     peak, step_flops = peak_flops(device, bf16) * ranks.world_size, None  # peak is 0 where it is not known
@@ -100,7 +106,7 @@ def main(config: Config, ranks: Ranks) -> int:
         for micro in range(train.accumulate):
             batch = to_device(next(batches), device)
             if peak and step_flops is None:
-                step_flops = training_flops(lambda: task.loss(model, batch)) * train.accumulate * ranks.world_size
+                step_flops = training_flops(task, batch) * train.accumulate * ranks.world_size
             # Only the last backward exchanges gradients. DDP decides that in the forward.
             distributed.sync_gradients(called, micro == train.accumulate - 1)
             with autocast:
@@ -125,10 +131,7 @@ def main(config: Config, ranks: Ranks) -> int:
             metrics = task.metrics(floats(totals)) | {"lr": lr, "grad_norm": grad_norm.item()}
             if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
                 bar.close()
-                print(f"error: at step {step} the loss is {metrics['loss']} and the gradient norm "
-                      f"{metrics['grad_norm']}; nothing was saved since the last good checkpoint. "
-                      "Try a lower optim.lr, a smaller optim.max_grad_norm or train.precision=float32", file=sys.stderr)
-                return 1
+                return not_finite(f"loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}")
         if log_now:
             seconds, steps = time.perf_counter() - clock, step - logged_step
             examples = steps * config.data.batch_size
@@ -145,6 +148,9 @@ def main(config: Config, ranks: Ranks) -> int:
             val = evaluate()
             if val is None:
                 stopping = True
+            elif not math.isfinite(val["loss"]):
+                bar.close()
+                return not_finite(f"validation loss is {val['loss']}")
             else:
                 improved = val["loss"] < best_loss
                 best_loss = min(best_loss, val["loss"])
@@ -154,9 +160,9 @@ def main(config: Config, ranks: Ranks) -> int:
                     log.metrics(step, "val", val)
                     log.show(step, task.show(model))
         if save_now:
-            save(last)
+            save(best if improved else last)
             if improved and ranks.is_main:
-                checkpoint.link(last, best)
+                checkpoint.link(best, last)
         clock += time.perf_counter() - paused  # the rate is of training alone
     bar.close()
 

@@ -344,6 +344,12 @@ class MaskedLMConfig(PerceiverIOConfig):
             else LinearOutput(num_channels, self.input.vocab_size, init_scale))
 
 
+def freeze(module: nn.Module) -> None:
+    """No gradients, and evaluation mode for good: no dropout, and BatchNorm's statistics stay as they are."""
+    module.requires_grad_(False).eval()
+    module.train = lambda mode=True: module
+
+
 @dataclass
 class ClassifierConfig(PerceiverIOConfig):
     """Anything to logits of classes (B, E). Without a decoder, it's the original Perceiver: the mean of the latents."""
@@ -357,7 +363,7 @@ class ClassifierConfig(PerceiverIOConfig):
     def build(self) -> PerceiverIO | Perceiver:
         input_adapter, encoder = self.input.build(self.encoder.init_scale), self.build_encoder()
         for part in (input_adapter, encoder) if self.freeze_encoder else ():
-            part.requires_grad_(False)
+            freeze(part)
         if self.decoder is None:
             output = ClassificationOutput(self.num_latent_channels, self.num_classes, self.encoder.init_scale)
             return Perceiver(input_adapter, encoder, output)

@@ -66,30 +66,58 @@ def resume(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, r
 
     A run that starts afresh where another one lies moves that one aside: nothing saved is lost. Random generators are
     no part of a checkpoint: train.py seeds them anew at every step, from the seed in the config, the step and the rank.
-    Raises UserError if the checkpoint is of another task or model.
+    Raises UserError if the checkpoint is of another task, model, optimizer or, with train.resume=auto, other data.
     """
     folder, choice = Path(config.train.out_dir), config.train.resume
     last = folder / "checkpoints" / "last.pt"
-    source = last if choice == "auto" else None if choice == "never" else Path(choice)
-    if source != last and last.exists() and (source is None or source.parent != last.parent):
-        if ranks.is_main:
-            aside = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
-            folder.rename(aside)
-            print(f"the earlier run in {folder} is now in {aside}", file=sys.stderr)
-    ranks.any(False)  # nobody looks for a checkpoint that is just being moved
-    if source is None or (choice == "auto" and not source.exists()):
-        return 0, float("inf")
-    checkpoint = load(source, ranks.device)
-    old, new = checkpoint["config"], to_dict(config)
+    source = {"auto": last if last.exists() else None, "never": None}.get(choice, Path(choice))
+    saved = None if source is None else load(source, ranks.device)
+    if saved is not None:
+        check_resumable(saved["config"], to_dict(config), source, choice)
+        current, old = optimizer.state_dict(), saved["optimizer"]
+        for new_group, old_group in zip(current["param_groups"], old["param_groups"]):  # the config's options count
+            old_group.update({name: value for name, value in new_group.items() if name not in ("params", "step")})
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(old)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(f"{source} does not fit the model ({str(error).splitlines()[0]}); {ELSEWHERE}") from None
+
+    ranks.any(False)  # all have looked before anything is moved
+    if last.exists() and (source is None or source.resolve().parent != last.resolve().parent) and ranks.is_main:
+        aside = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
+        folder.rename(aside)
+        print(f"the earlier run in {folder} is now in {aside}", file=sys.stderr)
+    return (0, float("inf")) if saved is None else (saved["step"], saved["best_loss"])
+
+
+# What of a model may change from one part of a run to the next: nothing that its weights depend on.
+FREE = {"cross_attention_dropout", "post_attention_dropout", "residual_dropout", "dropout", "activation_checkpointing",
+        "init_scale", "init_from"}
+ELSEWHERE = "choose another train.out_dir, or train.resume=never"
+
+
+def check_resumable(old: dict, new: dict, source: Path, choice: str) -> None:
+    """Raises UserError for what a run cannot be continued with: plain configs, of the checkpoint and of now."""
     if old["task"] != new["task"]:
-        raise UserError(f"{source} is a checkpoint of task {old['task']}, not {new['task']}; "
-                        "choose another train.out_dir")
-    changed = [key for key in new["model"] if old["model"].get(key) != new["model"][key]]
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError:
-        raise UserError(f"{source} does not fit the model: " + ", ".join(
-            f"model.{key} was {old['model'].get(key)}, is {new['model'][key]}" for key in changed) +
-            "; choose another train.out_dir, or train.resume=never") from None
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    return checkpoint["step"], checkpoint["best_loss"]
+        raise UserError(f"{source} is a checkpoint of task {old['task']}, not {new['task']}; {ELSEWHERE}")
+    changed = differences(old["model"], new["model"], "model")
+    changed += differences({"name": old["optim"]["name"]}, {"name": new["optim"]["name"]}, "optim")
+    if changed:
+        raise UserError(f"{source} does not fit: {', '.join(changed)}; {ELSEWHERE}")
+    where = [{name: config["data"].get(name) for name in ("dataset", "path")} for config in (old, new)]
+    if choice == "auto" and (changed := differences(*where, "data")):
+        raise UserError(f"{source} does not fit: {', '.join(changed)}; {ELSEWHERE}, or train.resume={source} to go on "
+                        "with this data")
+
+
+def differences(old: dict, new: dict, prefix: str) -> list[str]:
+    """What differs in nested dicts, but for FREE keys: "section.key was A, is B"."""
+    found = []
+    for name in new:
+        a, b = old.get(name), new[name]
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}.{name}")
+        elif a != b and name not in FREE:
+            found.append(f"{prefix}.{name} was {a}, is {b}")
+    return found

@@ -13,7 +13,7 @@ class UserError(Exception):
 
 
 def run_script(main: Callable[[], int | None]) -> None:
-    """Runs a script's main, whose result is the exit code, and exits: without a traceback where the user is to blame."""
+    """Runs a script's main, whose result is the exit code, and exits; mistakes of the user's leave no traceback."""
     try:
         code = main()
     except UserError as error:
@@ -24,4 +24,7 @@ def run_script(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # the reader of the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:  # a folder that cannot be written, a full disk
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
     sys.exit(code)

@@ -91,7 +91,8 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | Non
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits, tokens = (logits.float() / temperature).sort(descending=True)  # (B, V)
+    logits, tokens = logits.float().sort(descending=True)  # (B, V)
+    logits = (logits - logits[:, :1]) / temperature  # the best at 0: nothing overflows
     probs = logits[:, :top_k].softmax(-1)
     if top_p is not None:
         before = probs.cumsum(-1) - probs
@@ -111,10 +112,12 @@ def generate(model: PerceiverAR, prompts: list[list[int]], max_new_tokens: int, 
 
     Raises ValueError as `Decoder`, and for a temperature below 0, a top_k below 1 or a top_p outside (0, 1].
     """
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1")
+    if not 0 <= seed < 2**63 - len(prompts):
+        raise ValueError(f"seed={seed} must be from 0 to 2^63 - 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be in (0, 1]")
     decoder = Decoder(model, prompts, max_new_tokens, stride, kv_cache)

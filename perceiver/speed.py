@@ -1,8 +1,9 @@
 """How much of the hardware a run uses: model FLOPs utilisation (MFU), as in PaLM (arXiv 2204.02311, appendix B)."""
-from collections.abc import Callable
-
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+
+from perceiver.tasks import Task
 
 # Dense peak of the vendor's datasheets, FLOP/s: with bf16, and with TF32, what float32 is multiplied in.
 PEAKS = {"H200": (989e12, 495e12), "H100": (989e12, 495e12), "A100": (312e12, 156e12), "L40S": (362e12, 183e12),
@@ -15,8 +16,14 @@ def peak_flops(device: torch.device, bf16: bool) -> float:
     return next((peaks[0 if bf16 else 1] for part, peaks in PEAKS.items() if part in name), 0.0)
 
 
-def training_flops(forward: Callable) -> int:
-    """FLOPs of a forward and its backward, which takes twice the forward's. Recomputed activations don't count."""
-    with torch.no_grad(), torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
-        forward()
+def training_flops(task: Task, batch: dict[str, Tensor]) -> int:
+    """FLOPs of a batch's forward and its backward, which takes twice the forward's. Recomputed activations don't count.
+
+    Counted on tensors without data, so that nothing is computed and no kernel's own formula is needed.
+    """
+    with torch.device("meta"):
+        model = task.build_model()
+    batch = {name: values.to("meta") for name, values in batch.items()}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        task.loss(model, batch)
     return 3 * counter.get_total_flops()

@@ -8,11 +8,15 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import ROOT, TINY, read_metrics, run_script, run_train
 from perceiver import checkpoint
+from perceiver.config import load_config
+from perceiver.speed import training_flops
+from perceiver.tasks import TASKS
 
 
 def losses(run):
@@ -63,7 +67,8 @@ def test_a_run_leaves_what_it_should(tmp_path, corpus):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_equals_uninterrupted(tmp_path, corpus, workers):
-    common = [f"data.path={corpus}", "optim.decay_steps=20", "train.eval_every=7", f"data.num_workers={workers}", *DROPOUT]
+    common = [f"data.path={corpus}", "optim.decay_steps=20", "train.eval_every=7", f"data.num_workers={workers}",
+              *DROPOUT]
     assert run_train(*common, f"train.out_dir={tmp_path}/a", "train.max_steps=20").returncode == 0
     assert run_train(*common, f"train.out_dir={tmp_path}/b", "train.max_steps=10").returncode == 0
     result = run_train(*common, f"train.out_dir={tmp_path}/b", "train.max_steps=20")
@@ -88,7 +93,7 @@ def test_ranks_and_micro_batches_change_nothing(tmp_path, corpus, processes, acc
 def start(*args):
     command = [sys.executable, "train.py", "configs/clm.yaml", *TINY, *args]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
 def wait_for(condition, process, seconds=60):
@@ -100,11 +105,12 @@ def wait_for(condition, process, seconds=60):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_run_goes_on(tmp_path, corpus, number):
-    common = [f"data.path={corpus}", "optim.decay_steps=300", "train.save_every=1000", "train.eval_every=1000", *DROPOUT]
+    common = [f"data.path={corpus}", "optim.decay_steps=300", "train.save_every=1000", "train.eval_every=1000",
+              *DROPOUT]
     run = tmp_path / "run"
     process = start(*common, f"train.out_dir={run}", "train.max_steps=300", "data.num_workers=2")
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_metrics(run)) >= 5, process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as torchrun and a terminal do: data workers get it too
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number, output
     assert f"stopped by {number.name} after step" in output and "Traceback" not in output
@@ -151,6 +157,13 @@ def test_nothing_saved_is_lost(tmp_path, corpus):
     other = run_train(*common, "model.num_channels=32")
     assert other.returncode == 2 and "model.num_channels was 16, is 32" in other.stderr
     assert other.stderr.count("\n") == 1 and same_weights(first, weights(tmp_path / "run"))
+    for change, message in (("model.num_heads=1", "model.num_heads was 2, is 1"),
+                            ("optim.name=lamb", "optim.name was adamw, is lamb"),
+                            ("data.path=null", f"data.path was {corpus}, is None"),
+                            ("train.resume=/nowhere.pt", "/nowhere.pt does not exist")):
+        other = run_train(*common, change)
+        assert other.returncode == 2 and message in other.stderr and other.stderr.count("\n") == 1
+    assert same_weights(first, weights(tmp_path / "run")) and not (tmp_path / "run.1").exists()
     fresh = run_train(*common, "model.num_channels=32", "train.resume=never")
     assert fresh.returncode == 0 and f"is now in {tmp_path}/run.1" in fresh.stderr
     assert same_weights(first, weights(tmp_path / "run.1"))
@@ -176,8 +189,33 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, args, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_options_of_the_optimizer_count_when_a_run_goes_on(tmp_path, corpus):
+    common = [f"data.path={corpus}", f"train.out_dir={tmp_path}/run"]
+    assert run_train(*common, "train.max_steps=2").returncode == 0
+    assert run_train(*common, "train.max_steps=3", "optim.weight_decay=0.5").returncode == 0
+    groups = checkpoint.load(tmp_path / "run/checkpoints/last.pt")["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, corpus):
+    (tmp_path / "file").write_text("")
+    result = run_train(f"data.path={corpus}", f"train.out_dir={tmp_path}/file/run", "train.max_steps=1")
+    assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_floating_point_operations_are_counted():
+    """Of linear maps 2 a weight and token, of attention 4 a query, key and channel; three times that to train."""
+    config = load_config(ROOT / "configs/clm.yaml", [*TINY, "data.batch_size=1"], TASKS)
+    c, task = config.model, TASKS[config.task](config)
+    batch = {"input_ids": torch.zeros(3, 32, dtype=torch.long), "labels": torch.zeros(3, 8, dtype=torch.long)}
+    width, n, m = c.num_channels, 8, 32
+    # q, output and MLP of every layer; k and v of the latents in the others, of all inputs in the cross-attention
+    layers = (20 * n * (1 + c.num_self_attention_layers) + 4 * n * c.num_self_attention_layers + 4 * m) * width**2
+    attention = 4 * (n * m + c.num_self_attention_layers * n * n) * width
+    assert training_flops(task, batch) == 3 * 3 * (layers + attention + 2 * n * width * c.vocab_size)
+
+
 def test_own_token_ids_end_to_end(tmp_path):
-    import numpy as np
     np.save(tmp_path / "ids.npy", np.tile(np.arange(50, dtype=np.uint16), 100))
     args = [f"data.path={tmp_path}/ids.npy", f"train.out_dir={tmp_path}/run", "train.max_steps=3"]
     result = run_train(*args, "model.vocab_size=50")
@@ -186,7 +224,12 @@ def test_own_token_ids_end_to_end(tmp_path):
     sample = run_script("generate.py", "--ckpt", tmp_path / "run/checkpoints/last.pt", "--prompt", "3 4 5",
                         "--max-new-tokens", "4")
     assert sample.returncode == 0 and len(sample.stdout.split()) == 7, sample.stderr
-    assert "token 49" in run_train(*args, "model.vocab_size=40").stderr
+    too_few = run_train(*args[:1], f"train.out_dir={tmp_path}/other", "model.vocab_size=40")
+    assert too_few.returncode == 2 and "token 49" in too_few.stderr
+    (tmp_path / "ids.npy").unlink()  # a checkpoint is enough to sample from
+    again = run_script("generate.py", "--ckpt", tmp_path / "run/checkpoints/last.pt", "--prompt", "3 4 5",
+                       "--max-new-tokens", "4")
+    assert again.stdout == sample.stdout
 
 
 @pytest.mark.gpu

@@ -79,8 +79,9 @@ def eval_loader(dataset: Dataset, batch_size: int, ranks: Ranks, num_workers: in
 
 
 def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C reaches workers too: they go on, until the training process has saved and ends them."""
+    """Ctrl-C and torchrun's SIGTERM reach workers too: they go on until the training process, which saves, ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def collate_padded(examples: list[dict]) -> dict[str, torch.Tensor]:

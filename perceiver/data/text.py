@@ -78,6 +78,7 @@ class TextDataConfig(LoaderConfig):
     cache_dir: str = "data"  # where a dataset is looked for, and downloaded to if it is not there
     val_fraction: float = 0.05  # share held out for validation: files of a folder, or the end of a file
     max_val_tokens: int = 1_000_000  # validation uses this many at most, from the first
+    holds_ids: bool | None = None  # whether the data is token ids, not text; null: as the ending of the file says
 
     def __post_init__(self):
         super().__post_init__()
@@ -86,11 +87,8 @@ class TextDataConfig(LoaderConfig):
         require(self.bin_dtype in ("uint8", "uint16"), f"bin_dtype={self.bin_dtype!r} must be uint8 or uint16")
         require(0 < self.val_fraction <= 0.5, f"val_fraction={self.val_fraction} must be in (0, 0.5]")
         require(self.max_val_tokens >= 2, f"max_val_tokens={self.max_val_tokens} must be at least 2")
-
-    @property
-    def holds_ids(self) -> bool:
-        """Whether the corpus is token ids rather than text."""
-        return self.path is not None and bool(list(id_files(Path(self.path))))
+        if self.holds_ids is None:  # a checkpoint's config knows it, so that its data need not be there
+            self.holds_ids = self.path is not None and is_ids(Path(self.path).expanduser())
 
 
 @dataclass
@@ -129,7 +127,7 @@ ENWIK8_BYTES, ENWIK8_MD5 = 100_000_000, "a1fa5ffddb56f4953e226637dabbb36a"
 def load_text(config: TextDataConfig) -> tuple[Tokens, Tokens]:
     """The training and the validation corpus. Raises UserError if there is no file, or nothing in it."""
     if config.path is not None:
-        source = Path(config.path)
+        source = Path(config.path).expanduser()
     elif config.dataset == "stdlib":
         source = Path(sysconfig.get_path("stdlib"))
         train, val = split_files(source, stdlib_files(source), config.val_fraction)
@@ -139,8 +137,7 @@ def load_text(config: TextDataConfig) -> tuple[Tokens, Tokens]:
 
     if not source.exists():
         raise UserError(f"data.path={source} does not exist")
-    pairs = [(source / train, source / val) for train, val in SPLIT_FILES] if source.is_dir() else []
-    pair = next((pair for pair in pairs if all(file.is_file() for file in pair)), None)
+    pair = split_pair(source)
     if pair is not None:
         train, val = (read_tokens(file, config.bin_dtype) for file in pair)
     elif (source / "train" / "pos").is_dir() and (source / "test" / "pos").is_dir():  # IMDb, with train/unsup
@@ -162,11 +159,14 @@ def load_text(config: TextDataConfig) -> tuple[Tokens, Tokens]:
     return train, val
 
 
-def id_files(source: Path) -> Iterator[Path]:
-    """The files with token ids that `source` is or, next to each other as a split, holds."""
-    for file in ([source] if not source.is_dir() else [source / name for pair in SPLIT_FILES for name in pair]):
-        if file.suffix in (".npy", ".bin") and file.is_file():
-            yield file
+def is_ids(source: Path) -> bool:
+    return (split_pair(source) or [source])[0].suffix in (".npy", ".bin")
+
+
+def split_pair(source: Path) -> tuple[Path, Path] | None:
+    """The files for training and for validation in a folder that comes with both."""
+    pairs = ((source / train, source / val) for train, val in SPLIT_FILES)
+    return next((pair for pair in pairs if all(file.is_file() for file in pair)), None)
 
 
 def read_tokens(file: Path, bin_dtype: str) -> Tokens:
@@ -206,7 +206,11 @@ def stdlib_files(folder: Path) -> list[Path]:
 
 
 def is_text(file: Path) -> bool:
-    return b"\0" not in read_bytes(file)[:8192]
+    try:
+        with open(file, "rb") as stream:
+            return b"\0" not in stream.read(8192)
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
 
 
 def split_files(folder: Path, files: list[Path], val_fraction: float) -> tuple[Tokens, Tokens]:
