@@ -17,7 +17,8 @@ def test_a_modality_of_ones_own_takes_the_lines_shown():
 
 
 def test_files_and_configs_named_are_there():
-    for name in re.findall(r"\]\(([\w./-]+)\)", README) + re.findall(r"(?:python|train.py) ([\w/]+\.(?:py|yaml))", README):
+    commands = re.findall(r"(?:python|train.py) ([\w/]+\.(?:py|yaml))", README)
+    for name in re.findall(r"\]\(([\w./-]+)\)", README) + commands:
         assert (ROOT / name).exists(), name
     assert all(path.name in README for path in (ROOT / "configs").glob("*.yaml"))
 

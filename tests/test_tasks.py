@@ -25,7 +25,8 @@ def test_recipes_build_models_of_the_published_sizes(name):
         model = TASKS[config.task](config).build_model()
     size = sum(parameter.numel() for parameter in model.parameters())
     assert size == SIZES.get(name, size)
-    assert f"{size:,} parameters" in (text := (ROOT / "configs" / f"{name}.yaml").read_text()) or name not in SIZES, text
+    text = (ROOT / "configs" / f"{name}.yaml").read_text()
+    assert name not in SIZES or f"{size:,} parameters" in text
 
 
 def train(name: str, out_dir: Path, *args: str):
@@ -93,8 +94,8 @@ def mlm(tmp_path_factory) -> tuple[Path, str]:
 
 
 def test_masked_words_are_learned(mlm):
-    """After a third of the recipe's steps. Without looking around a byte it would be half a bit better than the frequencies
-    of bytes, by what bytes of words are."""
+    """After a third of the recipe's steps. The best without looking around a byte, what bytes of words are, is half a bit
+    better than the frequencies of bytes."""
     found = re.search(r"validation: ([\d.]+) bits per masked byte, .* it would be ([\d.]+) bits", mlm[1])
     assert float(found[1]) < float(found[2]) - 0.8, found[0]
     assert "----- filled" in mlm[1]
@@ -104,7 +105,8 @@ def test_a_frozen_pretrained_encoder_beats_a_random_one(mlm, tmp_path):
     init, steps = f"model.init_from={mlm[0]}/checkpoints/best.pt", ["train.max_steps=200", "train.eval_every=200"]
     train("txt_clf", tmp_path / "transfer", init, *steps)
     train("txt_clf", tmp_path / "random", "model.init_from=null", *steps)
-    assert accuracy(tmp_path / "transfer") > accuracy(tmp_path / "random") + 0.05
+    loss = {name: read_metrics(tmp_path / name, "val")[-1]["loss"] for name in ("transfer", "random")}
+    assert loss["transfer"] < loss["random"] - 0.03
     before, after = (checkpoint.load(run / "checkpoints/last.pt")["model"] for run in (mlm[0], tmp_path / "transfer"))
     frozen = [name for name in after if name.startswith(("encoder.", "input_adapter."))]
     assert frozen and all(torch.equal(before[name], after[name]) for name in frozen)
