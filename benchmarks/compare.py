@@ -8,6 +8,8 @@ time, with their quartiles. `--peer ours --peer-dir DIR` compares with another c
 
 What a unit is:
     train-step  forward, cross-entropy, backward and fused AdamW of one example; half of the prefix is dropped
+    fourier-forward, fourier-train  (--peer transformers) the ImageNet classifier with Fourier positions on one image,
+                without and with cross-entropy, backward and fused AdamW; no dropout on either side
     decode      one greedy token, as a mean over 16, after a prompt of 3500 tokens of which the last 428 are latents.
                 krasserm's side drives the core model and its own `kv_cache` in the leanest loop: model, argmax. Its
                 Hugging Face wrapper would add to that, and has no `generate` in transformers 5. Ours goes through
@@ -32,8 +34,12 @@ import torch.nn.functional as F
 PROMPT, PREFIX, TOKENS = 3500, 3072, 16  # decode: tokens before the first timed one, those that are prefix; timed ones
 ROWS = {  # name: what it is, the parameters that both models must have
     "train-step": ("AR training step: T 2048, N 512, 512 channels, 8 layers, batch 1, prefix dropout 0.5", 29_514_502),
+    "fourier-forward": ("Perceiver IO, ImageNet Fourier, 224x224, batch 1: forward", 48_440_627),
+    "fourier-train": ("Perceiver IO, ImageNet Fourier, 224x224, batch 1: training step", 48_440_627),
     "decode": (f"AR cached token: prompt {PROMPT} of T 4096, N 512, 512 channels, 8 layers, batch 1", 30_563_078),
 }
+PEERS = {"krasserm": ("train-step", "decode"), "transformers": ("fourier-forward", "fourier-train"),
+         "ours": tuple(ROWS)}  # the rows that a peer can do
 INSTALL = "pip install --no-deps --ignore-requires-python --target {} perceiver-io einops fairscale"
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,7 +52,12 @@ def ours(row: str, device: str):
 
     if row == "train-step":
         model = PerceiverAR(PerceiverARConfig(max_seq_len=2048, cross_attention_dropout=0.5)).to(device)
-        return model, training(model, model)
+        return model, training(model, *next_bytes(model, device))
+    if row.startswith("fourier"):
+        from perceiver.config import load_config
+        from perceiver.tasks import TASKS
+        config = load_config(Path(__file__).parents[1] / "configs/imagenet_fourier.yaml", [], TASKS)
+        return image_row(row, config.model.build().to(device), lambda model, images: model(images))
 
     model = PerceiverAR(PerceiverARConfig()).to(device).eval()
 
@@ -70,7 +81,7 @@ def krasserm(row: str, device: str):
 
     if row == "train-step":
         model = CausalSequenceModel(CausalSequenceModelConfig(max_seq_len=2048, cross_attention_dropout=0.5)).to(device)
-        return model, training(model, lambda x: model(x, prefix_len=x.shape[1] - 512).logits)
+        return model, training(model, *next_bytes(lambda x: model(x, prefix_len=x.shape[1] - 512).logits, device))
 
     model = CausalSequenceModel(CausalSequenceModelConfig()).to(device).eval()
 
@@ -87,18 +98,47 @@ def krasserm(row: str, device: str):
     return model, unit
 
 
+def transformers(row: str, device: str):
+    from transformers import PerceiverConfig, PerceiverForImageClassificationFourier
+
+    config = PerceiverConfig(num_latents=512, d_latents=1024, d_model=261, num_blocks=8, num_self_attends_per_block=6,
+                             num_self_attention_heads=8, num_cross_attention_heads=1, num_labels=1000,
+                             attention_probs_dropout_prob=0.0)
+    model = PerceiverForImageClassificationFourier(config).to(device)
+    return image_row(row, model, lambda model, images: model(inputs=images).logits)
+
+
+def image_row(row: str, model, logits):
+    device = next(model.parameters()).device
+    images, label = torch.randn(1, 3, 224, 224, device=device), torch.zeros(1, dtype=torch.long, device=device)
+    if row == "fourier-train":
+        return model, training(model, lambda: logits(model, images), label)
+    model.eval()
+
+    @torch.inference_mode()
+    def unit():
+        return timed(lambda: logits(model, images), device)
+
+    return model, unit
+
+
+def next_bytes(logits, device):
+    """What `training` takes, of a model of bytes: the logits of the last 512 of 2048, and their labels."""
+    tokens = torch.randint(262, (1, 2049), device=device)
+    return lambda: logits(tokens[:, :-1])[0], tokens[0, -512:]
+
+
 def prompt() -> torch.Tensor:
     return torch.randint(262, (PROMPT,), generator=torch.Generator().manual_seed(0))
 
 
-def training(model, logits):
-    device = next(model.parameters()).device
+def training(model, logits, labels):
+    device = labels.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    tokens = torch.randint(262, (1, 2049), device=device)
 
     def step():
         optimizer.zero_grad()
-        F.cross_entropy(logits(tokens[:, :-1])[0], tokens[0, -512:]).backward()
+        F.cross_entropy(logits(), labels).backward()
         optimizer.step()
 
     return lambda: timed(step, device)
@@ -163,16 +203,19 @@ def machine(device: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all that the peer can do")
     parser.add_argument("--rounds", type=int, default=15, help="timed pairs of a row")
-    parser.add_argument("--peer", choices=("krasserm", "ours"), default="krasserm")
+    parser.add_argument("--peer", choices=PEERS, default="krasserm")
     parser.add_argument("--peer-dir", type=Path, default=Path("/tmp/peer-krasserm"), help="where its package is")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker, args.device)
-    if not (args.peer_dir / "perceiver").is_dir():
+    args.rows = args.rows or PEERS[args.peer]
+    if args.peer == "transformers":
+        args.peer_dir = Path(__file__).parent  # it is in requirements-dev.txt
+    elif not (args.peer_dir / "perceiver").is_dir():
         print(f"--peer-dir has no package `perceiver`; {INSTALL.format(args.peer_dir)}", file=sys.stderr)
         sys.exit(2)
 

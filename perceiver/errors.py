@@ -15,7 +15,7 @@ class UserError(Exception):
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs a script's main, whose result is the exit code, and exits; mistakes of the user's leave no traceback."""
     try:
-        code = main()
+        code = main() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
