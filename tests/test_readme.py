@@ -23,6 +23,6 @@ def test_files_and_configs_named_are_there():
     assert all(path.name in README for path in (ROOT / "configs").glob("*.yaml"))
 
 
-def test_options_of_generate_are_described():
-    options = run_script("generate.py", "--help").stdout
+def test_options_named_are_there():
+    options = run_script("generate.py", "--help").stdout + run_script("predict.py", "--help").stdout
     assert all(option in options for option in re.findall(r"`(--[\w-]+)`", README) if "nproc" not in option)
