@@ -5,12 +5,14 @@ Only the text goes to stdout, as it is made; everything else goes to stderr.
 import argparse
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from perceiver.distributed import init_ranks
 from perceiver.errors import UserError, run_script
+from perceiver.model import PerceiverAR
 from perceiver.sampling import generate
 from perceiver.tasks import CausalLM, load_checkpoint
 
@@ -48,41 +50,57 @@ def write(text: str) -> None:
     sys.stdout.buffer.flush()
 
 
+def sample(model: PerceiverAR, prompt: list[int], args: argparse.Namespace) -> Iterator[list[int]]:
+    """The next token of every sample, `--max-new-tokens` times; on stderr, what there is to say of it."""
+    if len(prompt) > model.config.max_seq_len:
+        tell(f"the prompt has {len(prompt)} tokens, of which the model sees the last ones: its context is "
+             f"{model.config.max_seq_len}")
+    try:
+        steps = generate(model, [prompt] * args.num_samples, args.max_new_tokens, args.temperature, args.top_k,
+                         args.top_p, args.seed, args.stride, not args.no_kv_cache)
+    except ValueError as error:  # a prompt or a number that it does not take
+        raise UserError(str(error)) from None
+    start = time.perf_counter()
+    for tokens in tqdm(steps, total=args.max_new_tokens, unit=" tokens", disable=sys.stdout.isatty()):
+        yield tokens.tolist()
+    seconds, count = time.perf_counter() - start, args.num_samples * args.max_new_tokens
+    tell(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s")
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One function for each kind of model
+
+
+def continue_text(task: CausalLM, model: PerceiverAR, args: argparse.Namespace) -> None:
+    """The prompt and what follows: one sample as it is made, several when they are complete."""
+    text = read_prompt(args)
+    steps = sample(model, task.tokenizer.encode(text), args)
+    if args.num_samples > 1:
+        samples = zip(*steps)
+        write("\n-----\n".join(text + task.tokenizer.decode(list(tokens)) for tokens in samples) + "\n")
+        return
+    stream = task.tokenizer.new_stream()
+    for number, tokens in enumerate(steps):
+        write((text if number == 0 else "") + task.tokenizer.stream(tokens, stream))
+    write(task.tokenizer.stream([], stream, final=True) + "\n")
+
+
+GENERATORS = {CausalLM: continue_text}
+
+
 def main(args: argparse.Namespace) -> None:
     for name in ("max_new_tokens", "num_samples"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     task, model = load_checkpoint(args.ckpt, init_ranks(args.device).device)
-    if not isinstance(task, CausalLM):
-        raise UserError(f"{args.ckpt} is a checkpoint of task {task.config.task}, for predict.py; "
-                        "generate.py needs one of task causal_lm")
-    text = read_prompt(args)
-    prompt = task.tokenizer.encode(text)
-    if len(prompt) > model.config.max_seq_len:
-        print(f"the prompt has {len(prompt)} tokens, of which the model sees the last ones: its context is "
-              f"{model.config.max_seq_len}", file=sys.stderr)
-    try:
-        steps = generate(model, [prompt] * args.num_samples, args.max_new_tokens, args.temperature, args.top_k,
-                         args.top_p, args.seed, args.stride, not args.no_kv_cache)
-        samples = [[] for _ in range(args.num_samples)]
-        streaming, stream = args.num_samples == 1, task.tokenizer.new_stream()
-        start = time.perf_counter()
-        for tokens in tqdm(steps, total=args.max_new_tokens, unit=" tokens", disable=sys.stdout.isatty()):
-            if streaming and not samples[0]:
-                write(text)
-            for sample, token in zip(samples, tokens.tolist()):
-                sample.append(token)
-            if streaming:
-                write(task.tokenizer.stream(samples[0][-1:], stream))
-    except ValueError as error:  # a prompt or a number that generate() does not take
-        raise UserError(str(error)) from None
-    seconds = time.perf_counter() - start
-    if streaming:
-        write(task.tokenizer.stream([], stream, final=True) + "\n")
-    else:
-        write("\n-----\n".join(text + task.tokenizer.decode(sample) for sample in samples) + "\n")
-    count = args.num_samples * args.max_new_tokens
-    print(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
+    if type(task) not in GENERATORS:
+        raise UserError(f"{args.ckpt} is a checkpoint of task {task.config.task}, for predict.py; generate.py needs a "
+                        "Perceiver AR")
+    GENERATORS[type(task)](task, model, args)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from perceiver import pictures
-from perceiver.adapters import MaskedLMConfig
+from perceiver.architectures import MaskedLMConfig
 from perceiver.config import Config
 from perceiver.data import ByteTokenizer, ImageDataConfig, MaskedTextDataConfig, image_transform, read_image
 from perceiver.distributed import init_ranks

@@ -420,8 +420,15 @@ class PerceiverIO(nn.Module):
         output_positions  (O') or (B, O'), which outputs to compute; they are what they are among all. Default: all
         query_pad_mask    (B, O), true at outputs of no interest: they read nothing
         """
-        x = self.input_adapter(inputs)  # (B, M, C)
-        latents = self.encoder(x, pad_mask)  # (B, N, D)
+        return self.decode(*self.encode(inputs, pad_mask), output_positions, query_pad_mask)
+
+    def encode(self, inputs: Tensor, pad_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """inputs -> adapted inputs (B, M, C) and latents (B, N, D), to be given to `decode`, as often as need be."""
+        x = self.input_adapter(inputs)
+        return x, self.encoder(x, pad_mask)
+
+    def decode(self, x: Tensor, latents: Tensor, output_positions: Tensor | None = None,
+               query_pad_mask: Tensor | None = None) -> Tensor:
         queries = self.query_provider(x, output_positions)  # (B, O, F)
         return self.output_adapter(self.decoder(queries, latents, query_pad_mask))
 

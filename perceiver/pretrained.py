@@ -18,7 +18,7 @@ from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
 from perceiver import checkpoint
-from perceiver.adapters import ImageClassifierConfig, ImageInputConfig, MaskedLMConfig, TokenInputConfig
+from perceiver.architectures import ImageClassifierConfig, ImageInputConfig, MaskedLMConfig, TokenInputConfig
 from perceiver.config import Config
 from perceiver.errors import UserError
 from perceiver.model import PerceiverDecoderConfig, PerceiverEncoderConfig

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from transformers.models.perceiver import modeling_perceiver as port
 
-from perceiver.adapters import (FourierPositions, ImageInputConfig, InputAdapter, LinearOutput, MaskedLMConfig,
-                                TiedTokenOutput, TokenInputConfig, TrainablePositions, TrainableQueries,
-                                fourier_features, grid_positions, same_padding)
+from perceiver.adapters import (FourierPositions, InputAdapter, LinearOutput, TiedTokenOutput, TrainablePositions,
+                                TrainableQueries, fourier_features, grid_positions, same_padding)
+from perceiver.architectures import ImageInputConfig, MaskedLMConfig, TokenInputConfig
 from perceiver.model import (PerceiverDecoder, PerceiverDecoderConfig, PerceiverEncoder, PerceiverEncoderConfig,
                              PerceiverIO)
 

@@ -1,9 +1,13 @@
 import hashlib
+import os
+import subprocess
+import sys
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from perceiver.data import (IGNORE, ByteTokenizer, IdTokenizer, Shuffled, TextBlocks, TextDataConfig, TextWindows,
                             Tokens, TrainKeys, eval_loader, load_text, text, train_loader)
@@ -234,3 +238,17 @@ def test_errors_of_workers_are_one_line(workers):
     with pytest.raises(UserError) as error:
         next(iter(eval_loader(Broken(), 2, ranks(1)[0], workers)))
     assert str(error.value) == "cannot read 0.png: it is truncated"
+
+
+def test_a_process_that_fails_with_workers_running_ends(tmp_path):
+    """At exit, Python ends its workers by a SIGTERM and waits for them: they must not ignore it."""
+    script = tmp_path / "leave.py"
+    script.write_text("""
+import builtins, sys, torch
+from perceiver.data import eval_loader
+from perceiver.distributed import Ranks
+builtins.kept = iter(eval_loader([{"number": 1}] * 8, 2, Ranks(0, 1, torch.device("cpu")), 1))
+print(next(builtins.kept))
+""")
+    result = subprocess.run([sys.executable, script], env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
+    assert result.returncode == 0

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from perceiver.adapters import (ClassificationOutput, ImageClassifierConfig, ImageInputConfig, LinearOutput,
-                                MaskedLMConfig, TextClassifierConfig, TokenInputConfig, TrainableQueries)
+from perceiver.adapters import ClassificationOutput, LinearOutput, TrainableQueries
+from perceiver.architectures import (ImageClassifierConfig, ImageInputConfig, MaskedLMConfig, TextClassifierConfig,
+                                     TokenInputConfig)
 from perceiver.model import (Attention, CrossAttentionLayer, Perceiver, PerceiverDecoder, PerceiverDecoderConfig,
                              PerceiverEncoder, PerceiverEncoderConfig, PerceiverIO)
 

@@ -4,7 +4,7 @@ import torch
 from PIL import ImageFont
 
 from perceiver import pictures
-from perceiver.adapters import ImageClassifierConfig, ImageInputConfig, TextClassifierConfig, TokenInputConfig
+from perceiver.architectures import ImageClassifierConfig, ImageInputConfig, TextClassifierConfig, TokenInputConfig
 from perceiver.data import ByteTokenizer
 from perceiver.model import PerceiverDecoderConfig, PerceiverEncoderConfig
 

@@ -1,5 +1,5 @@
 """The order in which examples are read, and batches of them."""
-import signal
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -67,21 +67,21 @@ class TrainKeys(Sampler):
 
 
 def train_loader(dataset: Dataset, keys: TrainKeys, num_workers: int) -> DataLoader:
-    return DataLoader(dataset, batch_sampler=keys, num_workers=num_workers, worker_init_fn=ignore_interrupt,
+    return DataLoader(dataset, batch_sampler=keys, num_workers=num_workers, worker_init_fn=own_process_group,
                       collate_fn=collate_padded, pin_memory=keys.ranks.device.type == "cuda")
 
 
 def eval_loader(dataset: Dataset, batch_size: int, ranks: Ranks, num_workers: int) -> DataLoader:
     """This rank's share of a dataset, every example once."""
     share = torch.utils.data.Subset(dataset, range(ranks.rank, len(dataset), ranks.world_size))
-    return DataLoader(share, batch_size=batch_size, num_workers=num_workers, worker_init_fn=ignore_interrupt,
+    return DataLoader(share, batch_size=batch_size, num_workers=num_workers, worker_init_fn=own_process_group,
                       collate_fn=collate_padded)
 
 
-def ignore_interrupt(worker: int) -> None:
-    """Ctrl-C and torchrun's SIGTERM reach workers too: they go on until the training process, which saves, ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def own_process_group(worker: int) -> None:
+    """Ctrl-C and torchrun's SIGTERM are sent to the whole process group: workers leave it, and go on until the training
+    process, which saves, ends them."""
+    os.setpgrp()
 
 
 def collate_padded(examples: list[dict]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,181 @@
+"""Whole models of the Perceiver IO family, as configs describe them: an input, an encoder, queries, a decoder, an output.
+
+Each config's `build()` puts parts of model.py and adapters.py together. Letters of shapes are those of model.py.
+"""
+import math
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from perceiver.adapters import (ClassificationOutput, FourierPositions, ImageFeatures, InputAdapter, LinearOutput,
+                                TiedTokenOutput, TrainablePositions, TrainableQueries)
+from perceiver.model import (Perceiver, PerceiverDecoder, PerceiverDecoderConfig, PerceiverEncoder,
+                             PerceiverEncoderConfig, PerceiverIO, check_positive, init_weights)
+
+
+@dataclass
+class TokenInputConfig:
+    vocab_size: int = 262  # V: 262 for bytes
+    max_seq_len: int = 2048  # M: positions there are; shorter inputs take the first ones
+    num_input_channels: int = 768  # C: of embeddings and positions, which are added
+
+    def __post_init__(self):
+        check_positive(self, "vocab_size", "max_seq_len", "num_input_channels")
+
+    @property
+    def num_channels(self) -> int:
+        return self.num_input_channels
+
+    def build(self, init_scale: float) -> InputAdapter:
+        """Tokens (B, M) -> (B, M, C)."""
+        embedding = nn.Embedding(self.vocab_size, self.num_input_channels)
+        positions = TrainablePositions((self.max_seq_len,), self.num_input_channels, init_scale=init_scale)
+        init_weights(embedding, init_scale)
+        return InputAdapter(embedding, self.num_input_channels, positions, "add")
+
+
+@dataclass
+class ImageInputConfig:
+    image_shape: tuple[int, ...] = (224, 224, 3)  # height, width, channels
+    features: str = "pixels"  # pixels, conv1x1 (each pixel mapped) or conv (7x7, BatchNorm, ReLU, max-pool: a fourth)
+    num_feature_channels: int = 64  # of conv1x1 and conv
+    conv_padding: str = "same"  # of conv: same (DeepMind, TensorFlow) or symmetric (the Hugging Face port)
+    positions: str = "fourier"  # fourier or trainable; concatenated to the features
+    num_frequency_bands: int = 64  # K, of fourier
+    max_resolution: tuple[int, ...] | None = None  # of fourier: twice the highest frequencies; null: that of the inputs
+    num_position_channels: int = 256  # of trainable, before and after a linear map
+
+    def __post_init__(self):
+        check_positive(self, "num_feature_channels", "num_frequency_bands", "num_position_channels")
+        for name, length in (("image_shape", 3), ("max_resolution", 2)):
+            if (value := getattr(self, name)) is not None and (len(value) != length or min(value) < 1):
+                raise ValueError(f"{name}={value} must be {length} positive numbers")
+        for name, choices in (("features", ("pixels", "conv1x1", "conv")), ("conv_padding", ("same", "symmetric")),
+                              ("positions", ("fourier", "trainable"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the features."""
+        height, width, _ = self.image_shape
+        if self.features != "conv":
+            return height, width
+        if self.conv_padding == "same":
+            return math.ceil(height / 4), math.ceil(width / 4)
+        return (height - 1) // 4, (width - 1) // 4
+
+    @property
+    def num_channels(self) -> int:
+        """C of the adapted inputs."""
+        num_features = self.image_shape[2] if self.features == "pixels" else self.num_feature_channels
+        num_fourier = 2 * (2 * self.num_frequency_bands + 1)
+        return num_features + (num_fourier if self.positions == "fourier" else self.num_position_channels)
+
+    def build(self, init_scale: float) -> InputAdapter:
+        """Images (B, channels, height, width) -> (B, M, C)."""
+        if self.positions == "fourier":
+            positions = FourierPositions(self.grid, self.num_frequency_bands, self.max_resolution)
+        else:
+            num_channels = self.num_position_channels
+            positions = TrainablePositions(self.grid, num_channels, num_channels, init_scale)
+        features = ImageFeatures(self.image_shape[2], self.features, self.num_feature_channels, self.conv_padding,
+                                 init_scale)
+        return InputAdapter(features, self.num_channels - positions.num_channels, positions)
+
+
+@dataclass
+class PerceiverIOConfig:
+    """What the configs of all models have in common; each adds an `input`."""
+    num_latents: int = 256  # N
+    num_latent_channels: int = 512  # D
+    encoder: PerceiverEncoderConfig = field(default_factory=PerceiverEncoderConfig)
+    decoder: PerceiverDecoderConfig | None = field(default_factory=PerceiverDecoderConfig)
+    # Weights to start training from: as `from_pretrained`, or a checkpoint of train.py
+    init_from: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self):
+        check_positive(self, "num_latents", "num_latent_channels")
+        attentions = [("encoder.num_cross_attention", self.encoder, self.input.num_channels),
+                      ("encoder.num_self_attention", self.encoder, self.num_latent_channels)]
+        if self.decoder is not None:
+            attentions.append(("decoder.num_cross_attention", self.decoder, self.num_latent_channels))
+        for key, config, num_channels in attentions:
+            heads, qk, v = (getattr(config, f"{key.split('.')[1]}_{name}") for name in ("heads", "qk_channels",
+                                                                                        "v_channels"))
+            qk = qk or num_channels
+            for name, channels in (("qk", qk), ("v", v or qk)):
+                if channels % heads:
+                    raise ValueError(f"{key}_heads={heads} does not divide {channels}, the {key}_{name}_channels")
+
+    def build_encoder(self) -> PerceiverEncoder:
+        return PerceiverEncoder(self.encoder, self.num_latents, self.num_latent_channels, self.input.num_channels)
+
+
+@dataclass
+class MaskedLMConfig(PerceiverIOConfig):
+    """Tokens (B, M) to logits of the token at every position, (B, M, V)."""
+    input: TokenInputConfig = field(default_factory=TokenInputConfig)
+    tied_output: bool = True  # logits are products with the input's embeddings
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.decoder is None:
+            raise ValueError("decoder=None: a masked language model needs one")
+        if self.tied_output and self.num_query_channels != self.input.num_input_channels:
+            raise ValueError(f"decoder.num_query_channels={self.num_query_channels} must be "
+                             f"input.num_input_channels={self.input.num_input_channels}, or tied_output false")
+
+    @property
+    def num_query_channels(self) -> int:
+        return self.decoder.num_query_channels or (
+            self.input.num_input_channels if self.tied_output else self.num_latent_channels)
+
+    def build(self) -> PerceiverIO:
+        input_adapter, init_scale = self.input.build(self.encoder.init_scale), self.decoder.init_scale
+        num_channels = self.num_query_channels
+        return PerceiverIO(
+            input_adapter, self.build_encoder(),
+            TrainableQueries(self.input.max_seq_len, num_channels, one_per_input=True, init_scale=init_scale),
+            PerceiverDecoder(self.decoder, self.num_latent_channels, num_channels),
+            TiedTokenOutput(input_adapter.features) if self.tied_output
+            else LinearOutput(num_channels, self.input.vocab_size, init_scale))
+
+
+def freeze(module: nn.Module) -> None:
+    """No gradients, and evaluation mode for good: no dropout, and BatchNorm's statistics stay as they are."""
+    module.requires_grad_(False).eval()
+    module.train = lambda mode=True: module
+
+
+@dataclass
+class ClassifierConfig(PerceiverIOConfig):
+    """Anything to logits of classes (B, E). Without a decoder, it's the original Perceiver: the mean of the latents."""
+    num_classes: int = 10  # E
+    freeze_encoder: bool = field(default=False, kw_only=True)  # train what comes after the latents alone
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "num_classes")
+
+    def build(self) -> PerceiverIO | Perceiver:
+        input_adapter, encoder = self.input.build(self.encoder.init_scale), self.build_encoder()
+        for part in (input_adapter, encoder) if self.freeze_encoder else ():
+            freeze(part)
+        if self.decoder is None:
+            output = ClassificationOutput(self.num_latent_channels, self.num_classes, self.encoder.init_scale)
+            return Perceiver(input_adapter, encoder, output)
+        num_channels, init_scale = self.decoder.num_query_channels or self.num_latent_channels, self.decoder.init_scale
+        return PerceiverIO(input_adapter, encoder, TrainableQueries(1, num_channels, init_scale=init_scale),
+                           PerceiverDecoder(self.decoder, self.num_latent_channels, num_channels),
+                           ClassificationOutput(num_channels, self.num_classes, init_scale))
+
+
+@dataclass
+class TextClassifierConfig(ClassifierConfig):
+    input: TokenInputConfig = field(default_factory=TokenInputConfig)
+
+
+@dataclass
+class ImageClassifierConfig(ClassifierConfig):
+    input: ImageInputConfig = field(default_factory=ImageInputConfig)

@@ -1,0 +1,103 @@
+"""What a task is, and what several of them have in common.
+
+A task is what a run is about: the loop in train.py asks it for everything that depends on the modality. Losses and
+metrics travel as sums over examples and ranks; the loop divides only at the end, so that neither the number of ranks
+nor uneven batches change a result.
+"""
+import math
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from perceiver.config import Config
+from perceiver.data import IGNORE, Shuffled
+from perceiver.errors import UserError
+from perceiver.model import PerceiverARConfig
+from perceiver.pretrained import start_from
+
+
+class Task(ABC):
+    """A task has the dataclasses of its config sections, `ModelConfig` and `DataConfig`, and these methods."""
+    ModelConfig: type
+    DataConfig: type
+    rate = "samples_per_s"  # what is counted of the speed; tokens_per_s counts as `count` does in `loss`
+    class_names: list[str] | None = None  # of a classifier, once the data is loaded
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def build_model(self) -> nn.Module:
+        return self.config.model.build()
+
+    def initialise(self, model: nn.Module) -> None:
+        """What a new run does to a new model; a resumed one doesn't."""
+        if getattr(self.config.model, "init_from", None) is not None:
+            start_from(model, self.config.model.init_from, self.config)
+
+    @abstractmethod
+    def load_data(self) -> tuple[Dataset, Dataset]:
+        """The training set, by key (step, index in the global batch), and the validation set."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums over the batch: `loss` in nats, its `count`, and whatever `metrics` needs."""
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """Means, by name, of sums."""
+        metrics = {"loss": sums["loss"] / sums["count"]}
+        if "correct" in sums:
+            metrics["accuracy"] = sums["correct"] / sums["count"]
+        return metrics
+
+    def show(self, model: nn.Module) -> dict[str, str | Tensor]:
+        """Things to look at after an evaluation, by name: texts, and pictures (3, H, W) of uint8."""
+        return {}
+
+    def summary(self, metrics: dict[str, float]) -> str | None:
+        """A closing line: the result on the validation set beside a yardstick."""
+        return None
+
+
+class Autoregression(Task):
+    """Perceiver AR on sequences of any kind: predict the next token at each of the last N positions of a window."""
+    ModelConfig = PerceiverARConfig
+    rate = "tokens_per_s"
+    unit = "token"
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        labels = batch["labels"]  # (B, N)
+        logits = model(batch["input_ids"], labels.shape[1], batch.get("pad_mask"), batch.get("prefix_keep"))
+        return token_sums(logits, labels)
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        loss = sums["loss"] / sums["count"]
+        return {"loss": loss, f"bits_per_{self.unit}": loss / math.log(2)}
+
+
+class Classification(Task):
+    """One label for an input, whatever that is."""
+
+    def share(self, train_set: Dataset, val_set: Dataset) -> tuple[Dataset, Dataset]:
+        """The data in the order of training, once its classes are found to be the model's."""
+        num_classes, self.class_names = self.config.model.num_classes, train_set.class_names
+        if len(self.class_names) != num_classes:
+            raise UserError(f"model.num_classes={num_classes}, but the data has {len(self.class_names)} classes: "
+                            f"{', '.join(self.class_names[:12])}{', ...' if len(self.class_names) > 12 else ''}")
+        self.val_set = val_set
+        return Shuffled(train_set, self.config.data.batch_size, self.config.train.seed), val_set
+
+    def class_sums(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> dict[str, Tensor]:
+        """Of logits (B, E) and classes (B,) or their probabilities (B, E)."""
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+        classes = labels if labels.ndim == 1 else labels.argmax(-1)
+        return {"loss": loss, "count": torch.tensor(len(logits), device=loss.device),
+                "correct": (logits.argmax(-1) == classes).sum()}
+
+
+def token_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Of logits (B, L, V) and labels (B, L), where those are not IGNORE."""
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+    return {"loss": loss, "count": (labels != IGNORE).sum()}
