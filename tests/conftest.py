@@ -42,7 +42,7 @@ def run_script(*args: str, processes: int = 1, **kwargs) -> subprocess.Completed
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([*launcher, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
+    return subprocess.run([*launcher, *map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900,
                           **kwargs)
 
 
