@@ -18,7 +18,8 @@ from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
 from perceiver import checkpoint
-from perceiver.architectures import ImageClassifierConfig, ImageInputConfig, MaskedLMConfig, TokenInputConfig
+from perceiver.architectures import (ImageClassifierConfig, ImageInputConfig, MaskedLMConfig,
+                                     MultimodalAutoencoderConfig, PerceiverIOConfig, TokenInputConfig, VideoInputConfig)
 from perceiver.config import Config
 from perceiver.errors import UserError
 from perceiver.model import PerceiverDecoderConfig, PerceiverEncoderConfig
@@ -60,14 +61,26 @@ KEYS = {
         r"^perceiver\.input_preprocessor\.convnet\.batchnorm\.": r"input_adapter.features.norm.",
     },
     "image_fourier": CLASSIFIER,
+    "multimodal": COMMON | {
+        r"^perceiver\.input_preprocessor\.": r"input_adapter.",
+        r"^perceiver\.decoder\.modalities\.label\.decoder\.output_position_encodings\.position_embeddings$":
+            r"query_provider.providers.label.table.weight",
+        r"^perceiver\.decoder\.padding\.": r"query_provider.padding.",
+        r"^perceiver\.decoder\.decoder\.final_layer\.": r"output_adapter.linear.",
+        r"^perceiver\.output_postprocessor\.modalities\.(\w+)\.classifier\.": r"output_adapter.adapters.\1.linear.",
+    },
 }
 # A key that tells the kind, if none before it in this order did.
 MARKERS = {
     "masked_lm": "embedding_decoder.bias",
+    "multimodal": "perceiver.input_preprocessor.padding.label",
     "image_learned": "perceiver.input_preprocessor.convnet_1x1.weight",
     "image_conv": "perceiver.input_preprocessor.convnet.conv.weight",
     "image_fourier": "perceiver.decoder.decoder.final_layer.weight",
 }
+
+
+TABLES = ("query_provider.table.weight", "query_provider.providers.label.table.weight")  # of trained queries
 
 
 # What an encoder's weights don't tell of how they are used.
@@ -87,7 +100,9 @@ def from_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind") 
                   image-learned's query residual, that only the port has
 
     Masked language models: model(input_ids (B, L), pad_mask (B, L) or None) -> (B, L, 262). Image classifiers:
-    model(images (B, 3, 224, 224)) -> (B, 1000). Raises UserError at whatever is wrong with the files.
+    model(images (B, 3, 224, 224)) -> (B, 1000). The multimodal autoencoder: model({"image": (B, 16, 3, 224, 224) in
+    [0, 1], "audio": (B, 30720, 1) in [-1, 1], "label": (B, 700)}) -> a dict of the same; it doesn't see the label unless
+    told to (multimodal.py), and `model.reconstruct` needs less memory. Raises UserError at whatever is wrong with the files.
     """
     config, state = read_pretrained(name_or_path, variant)
     model = config.build()
@@ -96,7 +111,7 @@ def from_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind") 
 
 
 def read_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind",
-                    ) -> tuple[MaskedLMConfig | ImageClassifierConfig, dict[str, Tensor]]:
+                    ) -> tuple[PerceiverIOConfig, dict[str, Tensor]]:
     """The config and the state_dict of `from_pretrained`'s model."""
     if variant not in VARIANTS:
         raise UserError(f"variant={variant!r} must be one of {', '.join(VARIANTS)}")
@@ -113,6 +128,8 @@ def read_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind",
     try:
         if kind == "masked_lm":
             return masked_lm(state, published, variant), state
+        if kind == "multimodal":
+            return multimodal(state, published, variant), state
         return image_classifier(kind, state, published, variant), state
     except KeyError as error:
         raise UserError(f"{path} lacks {error.args[0]}") from None
@@ -207,6 +224,24 @@ def image_classifier(kind: str, state: dict[str, Tensor], published: dict, varia
         num_classes=num_classes, input=image_input)
 
 
+def multimodal(state: dict[str, Tensor], published: dict, variant: str) -> MultimodalAutoencoderConfig:
+    num_channels = {name: state[f"input_adapter.mask.{name}"].shape[1] - state[f"input_adapter.padding.{name}"].shape[1]
+                    for name in ("audio", "image", "label")}
+    samples_per_patch = len(state["output_adapter.adapters.audio.linear.weight"])
+    num_frames, resolution = published.get("num_frames", 16), published.get("image_size", 56)
+    video = VideoInputConfig(
+        (*published.get("output_shape", (1, 16, 224, 224))[1:], 3), max_resolution=(num_frames, resolution, resolution),
+        num_image_bands=((num_channels["image"] - 4 * 4 * 3) // 3 - 1) // 2,
+        num_audio_samples=num_frames * published.get("audio_samples_per_frame", 1920),
+        samples_per_patch=samples_per_patch, num_audio_bands=(num_channels["audio"] - samples_per_patch - 1) // 2,
+        num_classes=num_channels["label"],
+        num_padding_channels=min(state[f"input_adapter.padding.{name}"].shape[1] for name in num_channels))
+    return MultimodalAutoencoderConfig(
+        **core(state, published, variant, num_blocks=1, num_heads=1, num_decoder_heads=1, query_residual=False),
+        input=video, num_output_channels=len(state["output_adapter.linear.weight"]),
+        num_query_padding_channels=min(state[f"query_provider.padding.{name}"].shape[1] for name in num_channels))
+
+
 def core(state: dict[str, Tensor], published: dict, variant: str, num_blocks: int, num_heads: int,
          num_decoder_heads: int, query_residual: bool) -> dict:
     """Latents, encoder and decoder; `num_blocks` and `num_heads` are those of the official model."""
@@ -232,7 +267,7 @@ def core(state: dict[str, Tensor], published: dict, variant: str, num_blocks: in
         **widths("encoder.self_attention.0.0", "self"))
     decoder = PerceiverDecoderConfig(
         num_cross_attention_heads=num_decoder_heads, cross_attention_residual=query_residual, activation=activation,
-        num_query_channels=state["query_provider.table.weight"].shape[1], **widths("decoder.cross_attention", "cross"))
+        num_query_channels=next((state[key].shape[1] for key in TABLES if key in state), None), **widths("decoder.cross_attention", "cross"))
     return dict(num_latents=num_latents, num_latent_channels=num_latent_channels, encoder=encoder, decoder=decoder)
 
 
