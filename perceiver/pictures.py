@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import make_grid
 
 from perceiver.data import ByteTokenizer
 
@@ -152,3 +153,17 @@ def characters(input_ids: list[int]) -> Iterator[tuple[str, int]]:
         for character in text:
             shown = character if character.isprintable() else BLANKS.get(character, "\ufffd")
             yield shown, len(character.encode("utf-8", "surrogateescape"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Videos
+
+
+def contact_sheet(*clips: Tensor) -> Tensor:
+    """A row of frames for each of the clips (T, 3, H, W) in [0, 1]. Small frames are enlarged, of many some are left
+    out."""
+    some = torch.linspace(0, len(clips[0]) - 1, min(8, len(clips[0]))).round().long()
+    frames = torch.cat([clip[some] for clip in clips])
+    scale = math.ceil(96 / max(frames.shape[2:]))
+    frames = (255 * frames).round().byte().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return make_grid(frames, nrow=len(some), padding=MARGIN // 4, pad_value=255)

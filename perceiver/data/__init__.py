@@ -8,3 +8,5 @@ from perceiver.data.image import ImageDataConfig, Images, image_transform, load_
 from perceiver.data.text import (IGNORE, ByteTokenizer, IdTokenizer, LabelledText, MaskedBlocks, MaskedTextDataConfig,
                                  MaskedWindows, TextBlocks, TextClassificationDataConfig, TextDataConfig, TextWindows,
                                  Tokens, encode_text, load_labelled_text, load_text)
+from perceiver.data.video import (ClipShape, VideoDataConfig, WithQueries, frame_rate, load_clips, read_video,
+                                  video_frames, write_video)
