@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -17,13 +18,15 @@ from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from perceiver import pictures
-from perceiver.architectures import MaskedLMConfig
+from perceiver.architectures import MaskedLMConfig, MultimodalAutoencoderConfig
 from perceiver.config import Config
-from perceiver.data import ByteTokenizer, ImageDataConfig, MaskedTextDataConfig, image_transform, read_image
+from perceiver.data import (ByteTokenizer, ImageDataConfig, MaskedTextDataConfig, VideoDataConfig, image_transform,
+                            read_image, read_video, write_sound, write_video)
 from perceiver.distributed import init_ranks
 from perceiver.errors import UserError, run_script
 from perceiver.pretrained import VARIANTS, load_weights, published_class_names, read_pretrained
-from perceiver.tasks import Classification, ImageClassification, MaskedLM, Task, TextClassification, load_checkpoint
+from perceiver.tasks import (ImageClassification, MaskedLM, MultimodalAutoencoding, Task,
+                             TextClassification, load_checkpoint)
 
 MASK = b"[MASK]"
 EPILOG = """\
@@ -38,6 +41,8 @@ masked language models
 
 text classifiers    INPUT is a text file, the model sees its beginning
 image classifiers   INPUT is an image file
+video autoencoders  INPUT is a video file, the model sees and hears its beginning. Printed are classes; written are a video
+                    and a picture of the original beside what the model makes of it, and the sound that it makes
 """
 
 
@@ -116,7 +121,29 @@ def classify_images(task: ImageClassification, model: nn.Module, args: argparse.
             save(task.attention(model, image, args.latents), name, args)
 
 
-PREDICTORS = {MaskedLM: fill_masks, TextClassification: classify_texts, ImageClassification: classify_images}
+def reconstruct_videos(task: MultimodalAutoencoding, model: nn.Module, args: argparse.Namespace) -> None:
+    """Classes, and the clip beside what the model makes of it: a video, a picture of some frames, the sound."""
+    rate, sample_rate = task.shape.frame_rate, task.shape.sample_rate
+    if args.attention:
+        raise UserError("--attention is for texts and images; there is no picture of it over a video")
+    for file, name in progress(args.inputs):
+        image, audio = read_video(file, task.shape)
+        if audio is None:
+            tell(f"{file} has no sound: the model gets silence")
+            audio = torch.zeros(task.shape.num_samples, 1)
+        image_again, audio_again, logits = task.reconstruct(model, image, audio)
+        say(file, *ranking(logits, task, args.top_k))
+        with output(args, f"{name}-reconstruction.png") as path:
+            to_pil_image(pictures.contact_sheet(image, image_again)).save(path)
+        with output(args, f"{name}-reconstruction.wav") as path:
+            write_sound(path, audio_again, sample_rate)
+        with output(args, f"{name}-reconstruction.mp4") as path:
+            both = pictures.enlarged(torch.cat((image, image_again), dim=-1), 448)
+            write_video(path, both, rate, audio_again, sample_rate)
+
+
+PREDICTORS = {MaskedLM: fill_masks, TextClassification: classify_texts, ImageClassification: classify_images,
+              MultimodalAutoencoding: reconstruct_videos}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,6 +159,9 @@ def load(source: str, variant: str, device: torch.device) -> tuple[Task, nn.Modu
     load_weights(model, state, source)
     if isinstance(config, MaskedLMConfig):
         task = MaskedLM(Config("masked_lm", config, MaskedTextDataConfig()))
+    elif isinstance(config, MultimodalAutoencoderConfig):
+        task = MultimodalAutoencoding(Config("multimodal_autoencoding", config, VideoDataConfig()))
+        task.class_names = published_class_names(source, config.input.num_classes)
     else:
         task = ImageClassification(Config("image_classification", config, ImageDataConfig(path=source)))  # as ImageNet
         task.class_names = published_class_names(source, config.num_classes)
@@ -159,7 +189,7 @@ def shorten(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def ranking(logits: Tensor, task: Classification, top_k: int) -> list[str]:
+def ranking(logits: Tensor, task: Task, top_k: int) -> list[str]:
     """Lines with the likeliest classes of logits (E,)."""
     top = logits.float().softmax(-1).topk(min(top_k, len(logits)))
     return [f"  {prob:7.2%}  {task.class_names[label] if task.class_names else f'class {label}'}"
@@ -167,11 +197,18 @@ def ranking(logits: Tensor, task: Classification, top_k: int) -> list[str]:
 
 
 def save(picture: Tensor, name: str, args: argparse.Namespace) -> None:
-    """Writes a picture (3, H, W) to the folder --out."""
-    path = Path(args.out) / f"{name}-attention.png"
+    """Writes a picture (3, H, W) of attention to the folder --out."""
+    with output(args, f"{name}-attention.png") as path:
+        to_pil_image(picture).save(path)
+
+
+@contextmanager
+def output(args: argparse.Namespace, name: str) -> Iterator[Path]:
+    """The file of this name in the folder --out, to be written."""
+    path = Path(args.out) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        to_pil_image(picture).save(path)
+        yield path
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     tell(f"wrote {path}")

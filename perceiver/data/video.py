@@ -1,4 +1,5 @@
 """Videos with sound: generated ones, and files, which the optional package `av` reads and writes."""
+import wave
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,17 +89,17 @@ class GeneratedClips(Dataset):
         move = self.motion(motion, rng)
         x, y = (centre[:, None, None] for centre in move(np.arange(num_frames) / num_frames))  # (T, 1, 1)
         rows, columns = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
-        across, down, size = np.abs(columns - x), np.abs(rows - y), rng.uniform(0.16, 0.24)
+        across, down, size = np.abs(columns - x), np.abs(rows - y), rng.uniform(0.2, 0.28)
         distance = (np.hypot(across, down) - size, np.maximum(across, down) - 0.85 * size,
                     np.abs(np.hypot(across, down) - 0.75 * size) - 0.25 * size)[shape]  # from the outline, out of it
         inside = np.clip(0.5 - distance * min(height, width), 0, 1)[:, None]  # (T, 1, H, W)
-        ground, colour = rng.uniform(0, 0.5, (3, 1, 1)), rng.uniform(0.3, 1, (3, 1, 1))
+        ground, colour = rng.uniform(0, 0.2, (3, 1, 1)), rng.uniform(0.4, 1, (3, 1, 1))
         return {"image": torch.from_numpy(ground + inside * (colour - ground)).float(),
                 "audio": torch.from_numpy(self.sound(move, rng)).float()[:, None], "label": label}
 
     @staticmethod
     def motion(kind: int, rng: np.random.Generator) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-        """Time from 0 to 1 -> where the centre is, from left and from above, both in [0.2, 0.8] of the picture."""
+        """Time from 0 to 1 -> where the centre is, from left and from above, both in [0.25, 0.75] of the picture."""
         start, speed, place = rng.uniform(), rng.uniform(0.5, 1.2) * rng.choice((-1, 1)), rng.uniform(0.25, 0.75)
 
         def there_and_back(time):  # between 0 and 1 at an even pace
@@ -107,9 +108,9 @@ class GeneratedClips(Dataset):
         def turn(time):
             return 2 * np.pi * (start + speed * time)
 
-        return (lambda time: (0.2 + 0.6 * there_and_back(time), np.full_like(time, place)),
-                lambda time: (np.full_like(time, place), 0.8 - 0.6 * np.abs(np.sin(turn(time)))),
-                lambda time: (0.5 + 0.28 * np.cos(turn(time)), 0.5 + 0.28 * np.sin(turn(time))))[kind]
+        return (lambda time: (0.25 + 0.5 * there_and_back(time), np.full_like(time, place)),
+                lambda time: (np.full_like(time, place), 0.75 - 0.5 * np.abs(np.sin(turn(time)))),
+                lambda time: (0.5 + 0.25 * np.cos(turn(time)), 0.5 + 0.25 * np.sin(turn(time))))[kind]
 
     def sound(self, move: Callable, rng: np.random.Generator) -> np.ndarray:
         """(S,): a tone from 100 Hz, at the bottom, to 300 Hz."""
@@ -260,15 +261,15 @@ def centre(frame, size: list[int]) -> Tensor:
 
 def sound_from(container, start: float, shape: ClipShape) -> Tensor:
     """(S, 1): the sound from `start` on, in seconds, with silence where there is none."""
-    seek(container, start)
-    resampler = import_av().AudioResampler(format="flt", layout="mono", rate=shape.sample_rate)
+    seek(container, start - 1)  # to have come into it: the first that a decoder gives is not right
+    resampler = import_av().AudioResampler(format="fltp", rate=shape.sample_rate)
     sound, end = torch.zeros(0), None  # `end` is the number, from `start` on, of the sample after those had so far
     for frame in chain(container.decode(audio=0), [None]):  # None: what is left in the resampler
         if end is None and frame is not None:
             end = round(((frame.time or 0.0) - start) * shape.sample_rate)
             sound = torch.zeros(max(0, end))
         for resampled in resampler.resample(frame):
-            part = torch.from_numpy(resampled.to_ndarray()[0])
+            part = torch.from_numpy(resampled.to_ndarray()).mean(0)  # of its channels
             sound, end = torch.cat((sound, part[max(0, -end):])), end + len(part)
         if len(sound) >= shape.num_samples:
             break
@@ -295,3 +296,12 @@ def write_video(path: str | Path, frames: Tensor, frames_per_second: Fraction, s
             for part in (*resampler.resample(frame), *resampler.resample(None)):
                 container.mux(tones.encode(part))
             container.mux(tones.encode())
+
+
+def write_sound(path: str | Path, sound: Tensor, sample_rate: int) -> None:
+    """A WAV file of 16 bits of mono sound (S, 1) in [-1, 1]."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(sample_rate)
+        file.writeframes((32767 * sound).round().short().numpy().tobytes())
