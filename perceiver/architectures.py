@@ -5,10 +5,11 @@ Each config's `build()` puts parts of model.py and adapters.py together. Letters
 import math
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
-from perceiver.adapters import (ClassificationOutput, FourierPositions, ImageFeatures, InputAdapter, LinearOutput,
-                                TiedTokenOutput, TrainablePositions, TrainableQueries)
+from perceiver.adapters import (ClassificationOutput, FlowOutput, FourierPositions, FrameFeatures, ImageFeatures,
+                                InputAdapter, InputQueries, LinearOutput, TiedTokenOutput, TrainablePositions,
+                                TrainableQueries)
 from perceiver.model import (Perceiver, PerceiverDecoder, PerceiverDecoderConfig, PerceiverEncoder,
                              PerceiverEncoderConfig, PerceiverIO, check_positive, init_weights)
 
@@ -179,3 +180,57 @@ class TextClassifierConfig(ClassifierConfig):
 @dataclass
 class ImageClassifierConfig(ClassifierConfig):
     input: ImageInputConfig = field(default_factory=ImageInputConfig)
+
+
+@dataclass
+class FrameInputConfig:
+    frame_shape: tuple[int, ...] = (368, 496)  # height and width that the model is trained for
+    num_feature_channels: int = 64  # of what is around a pixel in both frames
+    num_frequency_bands: int = 64  # K, of Fourier positions, which are concatenated
+    max_resolution: tuple[int, ...] | None = None  # twice the highest frequencies; null: frame_shape
+
+    def __post_init__(self):
+        check_positive(self, "num_feature_channels", "num_frequency_bands")
+        for name in ("frame_shape", "max_resolution"):
+            if (value := getattr(self, name)) is not None and (len(value) != 2 or min(value) < 1):
+                raise ValueError(f"{name}={value} must be 2 positive numbers")
+
+    @property
+    def num_channels(self) -> int:
+        """C of the adapted inputs."""
+        return self.num_feature_channels + 2 * (2 * self.num_frequency_bands + 1)
+
+    def build(self, init_scale: float) -> InputAdapter:
+        """Frames (B, 2, 3, H, W) -> (B, H * W, C)."""
+        positions = FourierPositions(self.frame_shape, self.num_frequency_bands, self.max_resolution)
+        return InputAdapter(FrameFeatures(self.num_feature_channels, init_scale), self.num_feature_channels, positions)
+
+
+class OpticalFlowModel(PerceiverIO):
+    """Perceiver IO with an output for each pixel, arranged as the pixels are."""
+
+    def forward(self, frames: Tensor, output_positions: Tensor | None = None) -> Tensor:
+        """Two frames (B, 2, 3, H, W) in [-1, 1] -> flow (B, H, W, 2), how far each pixel of the first moves right and
+        down, in pixels; or (B, O', 2) at `output_positions` (O') or (B, O'), pixels by number, row by row."""
+        flow = super().forward(frames, output_positions=output_positions)  # (B, O, 2)
+        return flow.unflatten(1, frames.shape[-2:]) if output_positions is None else flow
+
+
+@dataclass
+class OpticalFlowConfig(PerceiverIOConfig):
+    """Two frames to how each pixel of the first moves; a pixel's query is its adapted input (section 4.2)."""
+    input: FrameInputConfig = field(default_factory=FrameInputConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.decoder is None:
+            raise ValueError("decoder=None: optical flow needs one")
+        if self.decoder.num_query_channels is not None:
+            raise ValueError(f"decoder.num_query_channels={self.decoder.num_query_channels} must be null: the queries "
+                             "are the adapted inputs")
+
+    def build(self) -> OpticalFlowModel:
+        num_channels = self.input.num_channels
+        return OpticalFlowModel(self.input.build(self.encoder.init_scale), self.build_encoder(), InputQueries(),
+                                PerceiverDecoder(self.decoder, self.num_latent_channels, num_channels),
+                                FlowOutput(num_channels))

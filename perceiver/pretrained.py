@@ -18,7 +18,8 @@ from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
 from perceiver import checkpoint
-from perceiver.architectures import ImageClassifierConfig, ImageInputConfig, MaskedLMConfig, TokenInputConfig
+from perceiver.architectures import (FrameInputConfig, ImageClassifierConfig, ImageInputConfig, MaskedLMConfig,
+                                     OpticalFlowConfig, TokenInputConfig)
 from perceiver.config import Config
 from perceiver.errors import UserError
 from perceiver.model import PerceiverDecoderConfig, PerceiverEncoderConfig
@@ -59,6 +60,7 @@ KEYS = {
         r"^perceiver\.input_preprocessor\.convnet\.conv\.": r"input_adapter.features.conv.",
         r"^perceiver\.input_preprocessor\.convnet\.batchnorm\.": r"input_adapter.features.norm.",
     },
+    "flow": CLASSIFIER | {r"^perceiver\.input_preprocessor\.conv_after_patches\.": r"input_adapter.features.linear."},
     "image_fourier": CLASSIFIER,
 }
 # A key that tells the kind, if none before it in this order did.
@@ -66,6 +68,7 @@ MARKERS = {
     "masked_lm": "embedding_decoder.bias",
     "image_learned": "perceiver.input_preprocessor.convnet_1x1.weight",
     "image_conv": "perceiver.input_preprocessor.convnet.conv.weight",
+    "flow": "perceiver.input_preprocessor.conv_after_patches.weight",
     "image_fourier": "perceiver.decoder.decoder.final_layer.weight",
 }
 
@@ -87,7 +90,8 @@ def from_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind") 
                   image-learned's query residual, that only the port has
 
     Masked language models: model(input_ids (B, L), pad_mask (B, L) or None) -> (B, L, 262). Image classifiers:
-    model(images (B, 3, 224, 224)) -> (B, 1000). Raises UserError at whatever is wrong with the files.
+    model(images (B, 3, 224, 224)) -> (B, 1000). Optical flow: model(frames (B, 2, 3, 368, 496) in [-1, 1]) ->
+    (B, 368, 496, 2) in pixels; flow.py has it for any size. Raises UserError at whatever is wrong with the files.
     """
     config, state = read_pretrained(name_or_path, variant)
     model = config.build()
@@ -96,7 +100,7 @@ def from_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind") 
 
 
 def read_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind",
-                    ) -> tuple[MaskedLMConfig | ImageClassifierConfig, dict[str, Tensor]]:
+                    ) -> tuple[MaskedLMConfig | ImageClassifierConfig | OpticalFlowConfig, dict[str, Tensor]]:
     """The config and the state_dict of `from_pretrained`'s model."""
     if variant not in VARIANTS:
         raise UserError(f"variant={variant!r} must be one of {', '.join(VARIANTS)}")
@@ -113,6 +117,8 @@ def read_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind",
     try:
         if kind == "masked_lm":
             return masked_lm(state, published, variant), state
+        if kind == "flow":
+            return optical_flow(state, published, variant), state
         return image_classifier(kind, state, published, variant), state
     except KeyError as error:
         raise UserError(f"{path} lacks {error.args[0]}") from None
@@ -207,9 +213,17 @@ def image_classifier(kind: str, state: dict[str, Tensor], published: dict, varia
         num_classes=num_classes, input=image_input)
 
 
+def optical_flow(state: dict[str, Tensor], published: dict, variant: str) -> OpticalFlowConfig:
+    frame_shape = tuple(published.get("train_size", (368, 496)))
+    return OpticalFlowConfig(
+        **core(state, published, variant, num_blocks=1, num_heads=1, num_decoder_heads=1, query_residual=False,
+               num_self_heads=16),
+        input=FrameInputConfig(frame_shape, len(state["input_adapter.features.linear.weight"])))
+
+
 def core(state: dict[str, Tensor], published: dict, variant: str, num_blocks: int, num_heads: int,
-         num_decoder_heads: int, query_residual: bool) -> dict:
-    """Latents, encoder and decoder; `num_blocks` and `num_heads` are those of the official model."""
+         num_decoder_heads: int, query_residual: bool, num_self_heads: int = 8) -> dict:
+    """Latents, encoder and decoder; numbers of blocks and heads are those of the official model."""
     for key, value in (("model_type", "perceiver"), ("hidden_act", "gelu"), ("use_query_residual", True)):
         if published.get(key, value) != value:
             raise ValueError(f"config.json has {key}={published[key]!r}, known here is {value!r}")
@@ -224,15 +238,16 @@ def core(state: dict[str, Tensor], published: dict, variant: str, num_blocks: in
     num_latents, num_latent_channels = state["encoder.latents.weight"].shape
     encoder = PerceiverEncoderConfig(
         num_cross_attention_heads=published.get("num_cross_attention_heads", num_heads),
-        num_self_attention_heads=published.get("num_self_attention_heads", 8),
+        num_self_attention_heads=published.get("num_self_attention_heads", num_self_heads),
         num_self_attention_blocks=published.get("num_blocks", num_blocks),
         num_self_attention_layers_per_block=sum(
             re.fullmatch(r"encoder\.self_attention\.0\.\d+\.norm\.weight", key) is not None for key in state),
         activation=activation, **widths("encoder.cross_attention.0", "cross"),
         **widths("encoder.self_attention.0.0", "self"))
+    queries = state.get("query_provider.table.weight")  # None where they are not trained
     decoder = PerceiverDecoderConfig(
         num_cross_attention_heads=num_decoder_heads, cross_attention_residual=query_residual, activation=activation,
-        num_query_channels=state["query_provider.table.weight"].shape[1], **widths("decoder.cross_attention", "cross"))
+        num_query_channels=None if queries is None else queries.shape[1], **widths("decoder.cross_attention", "cross"))
     return dict(num_latents=num_latents, num_latent_channels=num_latent_channels, encoder=encoder, decoder=decoder)
 
 
