@@ -12,7 +12,7 @@ nothing of size M x M ever exists.
 """
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -471,6 +471,8 @@ class PerceiverARConfig:
     residual_dropout: float = 0.0  # of what attention and MLP add to the residual stream
     init_scale: float = 0.02  # standard deviation of the initial weights
     activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third more compute
+    # Weights to start training from: as `from_pretrained`, or a checkpoint of train.py
+    init_from: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         check_positive(self, "vocab_size", "max_seq_len", "num_latents", "num_channels", "num_heads", "widening_factor")

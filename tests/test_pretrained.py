@@ -1,6 +1,7 @@
 """Published weights: against DeepMind's own outputs and the Hugging Face port; what can be wrong with files."""
 import http.server
 import json
+import os
 import shutil
 import sys
 import threading
@@ -13,11 +14,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from conftest import GOLDEN, run_script
 from perceiver import pretrained
 from perceiver.errors import UserError
-from perceiver.pretrained import from_pretrained, load_weights, read_pretrained
-
-GOLDEN = Path(__file__).parent / "golden"
+from perceiver.pretrained import from_pretrained, load_weights, perceiver_ar, read_config, read_pretrained
 
 SMALL = dict(num_latents=6, d_latents=32, num_self_attends_per_block=2, num_self_attention_heads=4)
 FULL = dict(num_latents=512, d_latents=1024, num_self_attends_per_block=6, num_self_attention_heads=8, num_blocks=8,
@@ -178,6 +178,58 @@ def test_official_sizes_equal_the_port(tmp_path, kind):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# krasserm's Perceiver AR
+
+PEER = os.environ.get("KRASSERM")  # where krasserm's package is, as golden/krasserm/peer.py says
+# Of the published models' config.json
+CLM_BASE = dict(vocab_size=32_000, max_seq_len=1024, max_latents=512, num_channels=1280, num_heads=10,
+                num_self_attention_layers=20, output_norm=True, output_bias=False, abs_pos_emb=False)
+GIANT_MIDI = CLM_BASE | dict(vocab_size=389, max_seq_len=6144, max_latents=2048, num_channels=768, num_heads=8,
+                             num_self_attention_layers=18)
+
+
+@torch.inference_mode()
+def assert_equal_to_the_peer(folder: Path):
+    file, model = np.load(folder / "io.npz"), from_pretrained(folder)
+    ids, pad, logits = (torch.from_numpy(file[name]) for name in ("ids", "pad", "logits"))
+    num_latents = logits.shape[1]
+    assert pad.sum(1).tolist() == [0, (ids.shape[1] - num_latents) // 3, ids.shape[1] - num_latents]
+    for ours, theirs in ((model(ids, num_latents, pad), logits), (model(ids[:1], num_latents), logits[:1]),
+                         (model(ids[:, -5:], 3), torch.from_numpy(file["short"]))):
+        assert theirs.std() > 0.05
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_outputs_of_krasserms_code(tmp_path, file):
+    folder = shutil.copytree(GOLDEN / "krasserm" / "hf-clm", tmp_path / "model")
+    if file == "pytorch_model.bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / file)
+        (folder / "model.safetensors").unlink()
+    assert_equal_to_the_peer(folder)
+
+
+@pytest.mark.skipif(PEER is None, reason="KRASSERM names no folder with krasserm's package")
+@pytest.mark.parametrize("config", [dict(abs_pos_emb=False, output_bias=False, num_self_attention_rotary_layers=-1),
+                                    dict(output_norm=False, num_heads=4)])
+def test_krasserms_code_itself(tmp_path, config):
+    script = GOLDEN / "krasserm" / "peer.py"
+    result = run_script(script, PEER, tmp_path, json.dumps(CLM_BASE | dict(
+        vocab_size=31, max_seq_len=48, max_latents=16, num_channels=64, num_heads=2, num_self_attention_layers=4,
+        output_bias=True, abs_pos_emb=True) | config))
+    assert result.returncode == 0, result.stderr
+    assert_equal_to_the_peer(tmp_path)
+
+
+@pytest.mark.parametrize("fields, count", [(CLM_BASE, 453_950_720), (GIANT_MIDI, 134_840_832)])
+def test_krasserms_models_have_the_published_sizes(fields, count):
+    published = read_config(GOLDEN / "krasserm" / "hf-clm" / "config.json")["model_config"]
+    with torch.device("meta"):
+        model = perceiver_ar({"model_config": published | {"num_self_attention_rotary_layers": 1} | fields}).build()
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The published weights
 
 
@@ -276,6 +328,24 @@ def test_weights_for_a_model_with_other_classes(folder):
     (dict(model_type="bert"), "model_type='bert'"), (dict(use_query_residual=False), "use_query_residual=False")])
 def test_config_that_does_not_fit(folder, fields, message):
     change_config(folder, **fields)
+    assert message in error_of(folder)
+
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(), "model_config of config.json lacks self_attention_widening_factor"),
+    (dict(model_config={}), "model_config of config.json lacks self_attention_widening_factor"),
+    (dict(cross_attention_widening_factor=2), "cross_attention_widening_factor=2"),
+    (dict(num_channels=8), "of another shape"), (dict(num_self_attention_layers=2), "not used: self_attention.2."),
+    (dict(abs_pos_emb=False), "1 not used: position_embedding.weight"),
+    (dict(num_heads=3), "num_channels=16 is not divisible by num_heads=3")])
+def test_config_of_krasserms_that_does_not_fit(tmp_path, fields, message):
+    folder = shutil.copytree(GOLDEN / "krasserm" / "hf-clm", tmp_path / "model")
+    if not fields:
+        (folder / "config.json").unlink()
+    elif "model_config" in fields:
+        change_config(folder, **fields)
+    else:
+        change_config(folder, model_config=read_config(folder / "config.json")["model_config"] | fields)
     assert message in error_of(folder)
 
 
