@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from perceiver import checkpoint
 from perceiver.architectures import (FrameInputConfig, ImageClassifierConfig, ImageInputConfig, MaskedLMConfig,
-                                     OpticalFlowConfig, PerceiverIOConfig, TokenInputConfig)
+                                     MultimodalAutoencoderConfig, OpticalFlowConfig, PerceiverIOConfig,
+                                     TokenInputConfig, VideoInputConfig)
 from perceiver.config import Config
 from perceiver.errors import UserError
 from perceiver.model import PerceiverARConfig, PerceiverDecoderConfig, PerceiverEncoderConfig
@@ -75,10 +76,19 @@ KEYS = {
         r"^out_norm\.": r"output_norm.",
         r"^output_adapter\.bias$": r"output_bias",
     },
+    "multimodal": COMMON | {
+        r"^perceiver\.input_preprocessor\.": r"input_adapter.",
+        r"^perceiver\.decoder\.modalities\.label\.decoder\.output_position_encodings\.position_embeddings$":
+            r"query_provider.providers.label.table.weight",
+        r"^perceiver\.decoder\.padding\.": r"query_provider.padding.",
+        r"^perceiver\.decoder\.decoder\.final_layer\.": r"output_adapter.linear.",
+        r"^perceiver\.output_postprocessor\.modalities\.(\w+)\.classifier\.": r"output_adapter.adapters.\1.linear.",
+    },
 }
 # A key that tells the kind, if none before it in this order did.
 MARKERS = {
     "masked_lm": "embedding_decoder.bias",
+    "multimodal": "perceiver.input_preprocessor.padding.label",
     "image_learned": "perceiver.input_preprocessor.convnet_1x1.weight",
     "image_conv": "perceiver.input_preprocessor.convnet.conv.weight",
     "flow": "perceiver.input_preprocessor.conv_after_patches.weight",
@@ -105,8 +115,11 @@ def from_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind") 
 
     Masked language models: model(input_ids (B, L), pad_mask (B, L) or None) -> (B, L, 262). Image classifiers:
     model(images (B, 3, 224, 224)) -> (B, 1000). Optical flow: model(frames (B, 2, 3, 368, 496) in [-1, 1]) ->
-    (B, 368, 496, 2) in pixels; flow.py has it for any size. krasserm/perceiver-ar-clm-base and -sam-giant-midi: a
-    PerceiverAR, of which `variant` says nothing. Raises UserError at whatever is wrong with the files.
+    (B, 368, 496, 2) in pixels; flow.py has it for any size. The multimodal autoencoder: model({"image":
+    (B, 16, 3, 224, 224) in [0, 1], "audio": (B, 30720, 1) in [-1, 1], "label": (B, 700)}) -> a dict of the same; it
+    does not see the label unless told to (multimodal.py), and `model.reconstruct` needs less memory. krasserm's
+    perceiver-ar-clm-base and -sam-giant-midi: a PerceiverAR, of which `variant` says nothing. Raises UserError at
+    whatever is wrong with the files.
     """
     config, state = read_pretrained(name_or_path, variant)
     model = config.build()
@@ -262,6 +275,24 @@ def perceiver_ar(state: dict[str, Tensor], published: dict, variant: str) -> Per
         raise ValueError(f"model_config of config.json lacks {error.args[0]}") from None
 
 
+def multimodal(state: dict[str, Tensor], published: dict, variant: str) -> MultimodalAutoencoderConfig:
+    num_channels = {name: state[f"input_adapter.mask.{name}"].shape[1] - state[f"input_adapter.padding.{name}"].shape[1]
+                    for name in ("audio", "image", "label")}
+    samples_per_patch = len(state["output_adapter.adapters.audio.linear.weight"])
+    num_frames, resolution = published.get("num_frames", 16), published.get("image_size", 56)
+    video = VideoInputConfig(
+        (*published.get("output_shape", (1, 16, 224, 224))[1:], 3), max_resolution=(num_frames, resolution, resolution),
+        num_image_bands=((num_channels["image"] - 4 * 4 * 3) // 3 - 1) // 2,
+        num_audio_samples=num_frames * published.get("audio_samples_per_frame", 1920),
+        samples_per_patch=samples_per_patch, num_audio_bands=(num_channels["audio"] - samples_per_patch - 1) // 2,
+        num_classes=num_channels["label"],
+        num_padding_channels=min(state[f"input_adapter.padding.{name}"].shape[1] for name in num_channels))
+    return MultimodalAutoencoderConfig(
+        **core(state, published, variant, num_blocks=1, num_heads=1, num_decoder_heads=1, query_residual=False),
+        input=video, num_output_channels=len(state["output_adapter.linear.weight"]),
+        num_query_padding_channels=min(state[f"query_provider.padding.{name}"].shape[1] for name in num_channels))
+
+
 def core(state: dict[str, Tensor], published: dict, variant: str, num_blocks: int, num_heads: int,
          num_decoder_heads: int, query_residual: bool, num_self_heads: int = 8) -> dict:
     """Latents, encoder and decoder; numbers of blocks and heads are those of the official model."""
@@ -285,15 +316,23 @@ def core(state: dict[str, Tensor], published: dict, variant: str, num_blocks: in
             re.fullmatch(r"encoder\.self_attention\.0\.\d+\.norm\.weight", key) is not None for key in state),
         activation=activation, **widths("encoder.cross_attention.0", "cross"),
         **widths("encoder.self_attention.0.0", "self"))
-    queries = state.get("query_provider.table.weight")  # None where they are not trained
+    queries = next((state[key] for key in state if re.fullmatch(r"query_provider\..*table\.weight", key)), None)
     decoder = PerceiverDecoderConfig(
         num_cross_attention_heads=num_decoder_heads, cross_attention_residual=query_residual, activation=activation,
         num_query_channels=None if queries is None else queries.shape[1], **widths("decoder.cross_attention", "cross"))
     return dict(num_latents=num_latents, num_latent_channels=num_latent_channels, encoder=encoder, decoder=decoder)
 
 
-CONFIGS = {"masked_lm": masked_lm, "image_learned": image_classifier, "image_conv": image_classifier,
-           "flow": optical_flow, "image_fourier": image_classifier, "perceiver_ar": perceiver_ar}
+# Kind of model: what makes its config.
+CONFIGS = {
+    "masked_lm": masked_lm,
+    "image_learned": image_classifier,
+    "image_conv": image_classifier,
+    "image_fourier": image_classifier,
+    "flow": optical_flow,
+    "multimodal": multimodal,
+    "perceiver_ar": perceiver_ar,
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

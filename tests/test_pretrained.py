@@ -48,6 +48,19 @@ def patches(frames: torch.Tensor) -> torch.Tensor:
                       for row in range(3) for column in range(3)], dim=2)
 
 
+def multimodal_port(**kwargs) -> nn.Module:
+    return randomize(transformers.PerceiverForMultimodalAutoencoding(transformers.PerceiverConfig(**kwargs)))
+
+
+def compare_subsets(port: nn.Module, model: nn.Module, inputs: dict, positions: dict):
+    """The port always computes all of the label, and joins the patches of sound."""
+    theirs = port(inputs, subsampled_output_points={"label": None} | positions).logits
+    ours = model(inputs, output_positions={"label": None} | positions)
+    assert_equal(ours["label"], theirs["label"])
+    assert_equal(ours["image"], theirs["image"])
+    assert_equal(ours["audio"].flatten(1), theirs["audio"])
+
+
 def randomize(model: nn.Module) -> nn.Module:
     """Weights that matter, all of them: as large as keeps the activations' size, biases and norms far from 0 and 1."""
     torch.manual_seed(0)
@@ -91,6 +104,15 @@ def test_outputs_of_deepminds_code(folder):
     assert_equal(model(ids, pad, query_pad_mask=pad), out)
 
 
+@torch.inference_mode()
+def test_multimodal_outputs_of_deepminds_code():
+    file, model = np.load(GOLDEN / "multimodal" / "io.npz"), from_pretrained(GOLDEN / "multimodal")
+    inputs = {name: torch.from_numpy(file[name]).float() for name in ("image", "audio")}
+    outputs = model(inputs | {"label": torch.randn(1, 12)})  # masked: whatever it is
+    for name in ("image", "audio", "label"):
+        assert_equal(outputs[name], torch.from_numpy(file[f"out_{name}"]))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The port
 
@@ -118,6 +140,22 @@ def test_image_classifiers_equal_the_port(tmp_path, kind, file):
     if kind != "image_learned":  # Fourier positions are of any size
         images = torch.randn(1, 3, 48, 40)
         assert_equal(model(images), port(images).logits)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@torch.inference_mode()
+def test_multimodal_equals_the_port(tmp_path, file):
+    port = multimodal_port(**SMALL, num_blocks=2, num_cross_attention_heads=1, num_labels=11, num_frames=3,
+                           image_size=2, audio_samples_per_frame=16, samples_per_patch=8, output_shape=[1, 3, 8, 8],
+                           d_model=397, output_num_channels=20, _label_trainable_num_channels=40)
+    model = from_pretrained(save(port, tmp_path, file), "transformers")
+    inputs = {"image": torch.rand(2, 3, 3, 8, 8), "audio": torch.randn(2, 48, 1), "label": torch.randn(2, 11)}
+    everything = {"image": torch.arange(192), "audio": torch.arange(6)}
+    compare_subsets(port, model, inputs, everything)
+    compare_subsets(port, model, inputs, {"image": torch.tensor([190, 3, 3, 77]), "audio": torch.tensor([4])})
+    subsets, whole = model(inputs, output_positions=everything), model(inputs)
+    torch.testing.assert_close(whole["audio"], subsets["audio"].view(2, 48, 1))
+    torch.testing.assert_close(whole["image"], subsets["image"].view(2, 3, 8, 8, 3).permute(0, 1, 4, 2, 3))
 
 
 @torch.inference_mode()
@@ -177,6 +215,20 @@ def test_official_sizes_equal_the_port(tmp_path, kind):
                          "image_conv": 48_646_522}[kind]
 
 
+@pytest.mark.slow
+@torch.inference_mode()
+def test_official_multimodal_size_equals_the_port(tmp_path):
+    port = multimodal_port(num_latents=784, d_latents=512, d_model=704, num_blocks=1, num_self_attends_per_block=8,
+                           num_self_attention_heads=8, num_cross_attention_heads=1, num_labels=700)
+    folder = save(port, tmp_path, "pytorch_model.bin")
+    (folder / "config.json").unlink()
+    model = from_pretrained(folder, "transformers")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 19_858_855
+    inputs = {"image": torch.rand(1, 16, 3, 224, 224), "audio": torch.randn(1, 30720, 1), "label": torch.zeros(1, 700)}
+    compare_subsets(port, model, inputs, {"image": torch.randint(16 * 224 * 224, (500,)),
+                                          "audio": torch.arange(0, 1920, 13)})
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # krasserm's Perceiver AR
 
@@ -225,7 +277,8 @@ def test_krasserms_code_itself(tmp_path, config):
 def test_krasserms_models_have_the_published_sizes(fields, count):
     published = read_config(GOLDEN / "krasserm" / "hf-clm" / "config.json")["model_config"]
     with torch.device("meta"):
-        model = perceiver_ar({"model_config": published | {"num_self_attention_rotary_layers": 1} | fields}).build()
+        fields = published | {"num_self_attention_rotary_layers": 1} | fields
+        model = perceiver_ar({}, {"model_config": fields}, "deepmind").build()
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
