@@ -10,12 +10,14 @@ from perceiver.pretrained import load_weights
 from perceiver.tasks.base import Autoregression, Classification, Task
 from perceiver.tasks.image import ImageClassification
 from perceiver.tasks.language import CausalLM, MaskedLM, TextClassification
+from perceiver.tasks.music import SymbolicMusic
 
 TASKS = {
     "causal_lm": CausalLM,
     "masked_lm": MaskedLM,
     "text_classification": TextClassification,
     "image_classification": ImageClassification,
+    "symbolic_music": SymbolicMusic,
 }
 
 
