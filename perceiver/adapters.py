@@ -154,6 +154,27 @@ class ImageFeatures(nn.Module):
         return F.pad(x, width + height)
 
 
+class FrameFeatures(nn.Module):
+    """Two frames (B, 2, 3, H, W) -> (B, H, W, C): a linear map of what lies around each pixel in both of them.
+
+    That is 3x3 pixels of each frame, zeros outside of it, in the order frame, row, column, colour (Perceiver IO,
+    appendix H; DeepMind's optical_flow colab). The map is computed as a convolution: nothing 27 times as large as a
+    frame exists.
+    """
+
+    def __init__(self, num_channels: int, init_scale: float = 0.02):
+        super().__init__()
+        self.linear = nn.Linear(2 * 3 * 3 * 3, num_channels)
+        init_weights(self, init_scale)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Raises ValueError if these are not two frames in colour."""
+        if frames.ndim != 5 or frames.shape[1:3] != (2, 3):
+            raise ValueError(f"frames of shape {tuple(frames.shape)}, expected (batch, 2, 3, height, width)")
+        kernels = self.linear.weight.unflatten(1, (2, 3, 3, 3)).movedim(-1, 2).flatten(1, 2)  # (C, 6, 3, 3)
+        return F.conv2d(frames.flatten(1, 2), kernels, self.linear.bias, padding=1).movedim(1, -1)
+
+
 class Patches(nn.Module):
     """Inputs on a grid of d dimensions, (B, *sizes, C), to patches (B, *(sizes / patch_shape), C').
 
@@ -210,11 +231,21 @@ class TrainableQueries(nn.Module):
         return queries.expand(len(x), -1, -1)
 
 
+class InputQueries(nn.Module):
+    """The adapted inputs (B, M, C) themselves: query i asks about input i."""
+
+    def forward(self, x: Tensor, output_positions: Tensor | None = None) -> Tensor:
+        """`output_positions` (O') or (B, O') selects queries by number."""
+        if output_positions is None:
+            return x
+        return x[torch.arange(len(x), device=x.device)[:, None], output_positions]  # (B, O', C)
+
+
 class FourierQueries(nn.Module):
     """Fourier features of positions, one query a place on a grid: (B, M, C) -> (B, O, F), places in row-major order.
 
-    A grid of n places has coordinates -1 + 2 i / n, which end before 1, as DeepMind's code has them for outputs that are
-    chosen by number (perceiver.py, decoder_query). They are computed for the chosen ones alone: those of a video of
+    A grid of n places has coordinates -1 + 2 i / n, which end before 1, as DeepMind's code has them for outputs that
+    are chosen by number (perceiver.py, decoder_query). They are computed for the chosen ones alone: those of a video of
     16 x 224 x 224 take 626 MB.
     """
 
@@ -286,3 +317,17 @@ class TiedTokenOutput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.tied[0].weight, self.bias)
+
+
+class FlowOutput(LinearOutput):
+    """Decoded queries (B, O, F) -> optical flow (B, O, 2): how far each pixel moves right and down, in pixels.
+
+    DeepMind's decoder divides by 100, and what it gives counts 20 pixels. Like there, the flow is 0 at first.
+    """
+    PIXELS = 20 / 100  # that a linear output of 1 stands for
+
+    def __init__(self, num_channels: int):
+        super().__init__(num_channels, 2, init_scale=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.PIXELS * self.linear(x)

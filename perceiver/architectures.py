@@ -1,15 +1,15 @@
-"""Whole models of the Perceiver IO family, as configs describe them: an input, an encoder, queries, a decoder, an output.
+"""Whole models of the Perceiver IO family, as configs describe them: input, encoder, queries, decoder, output.
 
 Each config's `build()` puts parts of model.py and adapters.py together. Letters of shapes are those of model.py.
 """
 import math
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
-from perceiver.adapters import (ClassificationOutput, FourierPositions, FourierQueries, GridOutput, ImageFeatures,
-                                InputAdapter, LinearOutput, Patches, TiedTokenOutput, TrainablePositions,
-                                TrainableQueries, VectorInput)
+from perceiver.adapters import (ClassificationOutput, FlowOutput, FourierPositions, FourierQueries, FrameFeatures,
+                                GridOutput, ImageFeatures, InputAdapter, InputQueries, LinearOutput, Patches,
+                                TiedTokenOutput, TrainablePositions, TrainableQueries, VectorInput)
 from perceiver.model import (Perceiver, PerceiverDecoder, PerceiverDecoderConfig, PerceiverEncoder,
                              PerceiverEncoderConfig, PerceiverIO, check_positive, init_weights)
 from perceiver.multimodal import MultimodalInput, MultimodalOutput, MultimodalPerceiverIO, MultimodalQueries
@@ -184,6 +184,60 @@ class ImageClassifierConfig(ClassifierConfig):
 
 
 @dataclass
+class FrameInputConfig:
+    frame_shape: tuple[int, ...] = (368, 496)  # height and width that the model is trained for
+    num_feature_channels: int = 64  # of what is around a pixel in both frames
+    num_frequency_bands: int = 64  # K, of Fourier positions, which are concatenated
+    max_resolution: tuple[int, ...] | None = None  # twice the highest frequencies; null: frame_shape
+
+    def __post_init__(self):
+        check_positive(self, "num_feature_channels", "num_frequency_bands")
+        for name in ("frame_shape", "max_resolution"):
+            if (value := getattr(self, name)) is not None and (len(value) != 2 or min(value) < 1):
+                raise ValueError(f"{name}={value} must be 2 positive numbers")
+
+    @property
+    def num_channels(self) -> int:
+        """C of the adapted inputs."""
+        return self.num_feature_channels + 2 * (2 * self.num_frequency_bands + 1)
+
+    def build(self, init_scale: float) -> InputAdapter:
+        """Frames (B, 2, 3, H, W) -> (B, H * W, C)."""
+        positions = FourierPositions(self.frame_shape, self.num_frequency_bands, self.max_resolution)
+        return InputAdapter(FrameFeatures(self.num_feature_channels, init_scale), self.num_feature_channels, positions)
+
+
+class OpticalFlowModel(PerceiverIO):
+    """Perceiver IO with an output for each pixel, arranged as the pixels are."""
+
+    def forward(self, frames: Tensor, output_positions: Tensor | None = None) -> Tensor:
+        """Two frames (B, 2, 3, H, W) in [-1, 1] -> flow (B, H, W, 2), how far each pixel of the first moves right and
+        down, in pixels; or (B, O', 2) at `output_positions` (O') or (B, O'), pixels by number, row by row."""
+        flow = super().forward(frames, output_positions=output_positions)  # (B, O, 2)
+        return flow.unflatten(1, frames.shape[-2:]) if output_positions is None else flow
+
+
+@dataclass
+class OpticalFlowConfig(PerceiverIOConfig):
+    """Two frames to how each pixel of the first moves; a pixel's query is its adapted input (section 4.2)."""
+    input: FrameInputConfig = field(default_factory=FrameInputConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.decoder is None:
+            raise ValueError("decoder=None: optical flow needs one")
+        if self.decoder.num_query_channels is not None:
+            raise ValueError(f"decoder.num_query_channels={self.decoder.num_query_channels} must be null: the queries "
+                             "are the adapted inputs")
+
+    def build(self) -> OpticalFlowModel:
+        num_channels = self.input.num_channels
+        return OpticalFlowModel(self.input.build(self.encoder.init_scale), self.build_encoder(), InputQueries(),
+                                PerceiverDecoder(self.decoder, self.num_latent_channels, num_channels),
+                                FlowOutput(num_channels))
+
+
+@dataclass
 class VideoInputConfig:
     """A clip: frames, sound and the class of what happens in it."""
     image_shape: tuple[int, ...] = (16, 224, 224, 3)  # frames, height, width, channels
@@ -235,7 +289,7 @@ class VideoInputConfig:
         return max(self.num_features[name] + num_positions[name] for name in num_positions) + self.num_padding_channels
 
     def build(self, init_scale: float) -> MultimodalInput:
-        """image (B, T, 3, H, W), audio (B, S, 1) and label (B, num_classes), which is masked by default, to (B, M, C)."""
+        """image (B, T, 3, H, W), audio (B, S, 1), label (B, num_classes), masked by default -> (B, M, C)."""
         image = FourierPositions(self.image_grid, self.num_image_bands, self.max_resolutions["image"])
         audio = FourierPositions(self.audio_grid, self.num_audio_bands, self.max_resolutions["audio"])
         adapters = {
