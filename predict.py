@@ -41,8 +41,8 @@ masked language models
 
 text classifiers    INPUT is a text file, the model sees its beginning
 image classifiers   INPUT is an image file
-video autoencoders  INPUT is a video file, the model sees and hears its beginning. Printed are classes; written are a video
-                    and a picture of the original beside what the model makes of it, and the sound that it makes
+video autoencoders  INPUT is a video file, the model sees and hears its beginning. Printed are classes; written are a
+                    video and a picture of the original beside what the model makes of it, and the sound it makes
 """
 
 

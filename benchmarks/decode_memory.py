@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 from perceiver.architectures import MultimodalAutoencoderConfig, VideoInputConfig  # noqa: E402
 from perceiver.model import PerceiverDecoderConfig, PerceiverEncoderConfig  # noqa: E402
 
-FRAMES, CHUNKS, WIDTH = (4, 8, 16), (1, 8, 64, 512), 64
+FRAMES, CHUNKS, WIDTH = (4, 8, 16), (1, 16, 256), 64
 
 
 def memory(field: str) -> float:
