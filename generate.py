@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
@@ -85,7 +86,7 @@ def continue_text(task: CausalLM, model: PerceiverAR, args: argparse.Namespace) 
     """The prompt and what follows: one sample as it is made, several when they are complete."""
     for option in ("out", "piano_roll"):
         if getattr(args, option) is not None:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} is not for text, which goes to stdout")
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} is not for text: it goes to stdout")
     text = read_prompt(args)
     steps = sample(model, task.tokenizer.encode(text), args)
     if args.num_samples > 1:
@@ -108,7 +109,7 @@ def continue_music(task: SymbolicMusic, model: PerceiverAR, args: argparse.Names
         music.write_midi(out, notes)
         tell(f"wrote {out}: {len(given)} notes of the prompt and {len(notes) - len(given)} that follow")
         if args.piano_roll is not None:
-            to_pil_image(pictures.piano_roll(notes, len(given))).save(numbered(args.piano_roll, number, args))
+            save_picture(pictures.piano_roll(notes, len(given)), numbered(args.piano_roll, number, args))
 
 
 def numbered(name: str, number: int, args: argparse.Namespace) -> Path:
@@ -116,6 +117,14 @@ def numbered(name: str, number: int, args: argparse.Namespace) -> Path:
     path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path if args.num_samples == 1 else path.with_stem(f"{path.stem}-{number}")
+
+
+def save_picture(picture: Tensor, file: Path) -> None:
+    try:
+        to_pil_image(picture).save(file)
+    except (OSError, ValueError) as error:  # ValueError: of an ending that it doesn't know
+        raise UserError(f"cannot write {file}: {error}") from None
+    tell(f"wrote {file}")
 
 
 GENERATORS = {CausalLM: continue_text, SymbolicMusic: continue_music}
