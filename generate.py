@@ -19,7 +19,7 @@ from perceiver.distributed import init_ranks
 from perceiver.errors import UserError, run_script
 from perceiver.model import PerceiverAR
 from perceiver.sampling import generate
-from perceiver.tasks import CausalLM, SymbolicMusic, load_checkpoint
+from perceiver.tasks import CausalLM, Copy, SymbolicMusic, load_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -127,7 +127,7 @@ def save_picture(picture: Tensor, file: Path) -> None:
     tell(f"wrote {file}")
 
 
-GENERATORS = {CausalLM: continue_text, SymbolicMusic: continue_music}
+GENERATORS = {CausalLM: continue_text, Copy: continue_text, SymbolicMusic: continue_music}
 
 
 def main(args: argparse.Namespace) -> None:
