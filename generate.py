@@ -8,18 +8,24 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
+from perceiver.config import Config
+from perceiver.data import JsonTokenizer, TextDataConfig
 from perceiver.distributed import init_ranks
 from perceiver.errors import UserError, run_script
 from perceiver.model import PerceiverAR
+from perceiver.pretrained import find_beside, from_pretrained
 from perceiver.sampling import generate
-from perceiver.tasks import CausalLM, load_checkpoint
+from perceiver.tasks import CausalLM, Task, load_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
+    parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py (.pt), or published weights: "
+                        "krasserm/perceiver-ar-clm-base, or a folder or file that has them")
+    parser.add_argument("--tokenizer", help="a tokenizer.json; default: the one in the checkpoint, or beside the weights")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the text to continue; - reads it from stdin")
     source.add_argument("--prompt-file", help="a file with the text to continue")
@@ -77,26 +83,45 @@ def tell(line: str) -> None:
 
 def continue_text(task: CausalLM, model: PerceiverAR, args: argparse.Namespace) -> None:
     """The prompt and what follows: one sample as it is made, several when they are complete."""
-    text = read_prompt(args)
-    steps = sample(model, task.tokenizer.encode(text), args)
+    if args.tokenizer is not None:
+        task.tokenizer = JsonTokenizer.read(args.tokenizer)
+    text, tokenizer = read_prompt(args), task.tokenizer
+    prompt = tokenizer.encode(text)
+    steps = sample(model, prompt, args)
+    streams = [tokenizer.new_stream() for _ in range(args.num_samples)]
+    for stream in streams:
+        tokenizer.stream(prompt, stream, final=True)  # how a text goes on may depend on what it follows
     if args.num_samples > 1:
-        samples = zip(*steps)
-        write("\n-----\n".join(text + task.tokenizer.decode(list(tokens)) for tokens in samples) + "\n")
+        samples = zip(streams, zip(*steps))
+        write("\n-----\n".join(text + tokenizer.stream(tokens, stream, final=True) for stream, tokens in samples) + "\n")
         return
-    stream = task.tokenizer.new_stream()
     for number, tokens in enumerate(steps):
-        write((text if number == 0 else "") + task.tokenizer.stream(tokens, stream))
-    write(task.tokenizer.stream([], stream, final=True) + "\n")
+        write((text if number == 0 else "") + tokenizer.stream(tokens, streams[0]))
+    write(tokenizer.stream([], streams[0], final=True) + "\n")
 
 
 GENERATORS = {CausalLM: continue_text}
+
+
+def load(args: argparse.Namespace, device: torch.device) -> tuple[Task, PerceiverAR]:
+    """A model, ready to be used, and the task that it is for."""
+    if Path(args.ckpt).suffix == ".pt":
+        return load_checkpoint(args.ckpt, device)
+    model = from_pretrained(args.ckpt)
+    if not isinstance(model, PerceiverAR):
+        raise UserError(f"{args.ckpt} is for predict.py; generate.py needs a Perceiver AR")
+    task = CausalLM(Config("causal_lm", model.config, TextDataConfig(holds_ids=True)))
+    args.tokenizer = args.tokenizer or find_beside(args.ckpt, "tokenizer.json")
+    if args.tokenizer is None:
+        raise UserError(f"{args.ckpt} comes without a tokenizer.json; give one with --tokenizer")
+    return task, model.to(device)
 
 
 def main(args: argparse.Namespace) -> None:
     for name in ("max_new_tokens", "num_samples"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    task, model = load_checkpoint(args.ckpt, init_ranks(args.device).device)
+    task, model = load(args, init_ranks(args.device).device)
     if type(task) not in GENERATORS:
         raise UserError(f"{args.ckpt} is a checkpoint of task {task.config.task}, for predict.py; generate.py needs a "
                         "Perceiver AR")

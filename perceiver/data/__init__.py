@@ -8,3 +8,4 @@ from perceiver.data.image import ImageDataConfig, Images, image_transform, load_
 from perceiver.data.text import (IGNORE, ByteTokenizer, IdTokenizer, LabelledText, MaskedBlocks, MaskedTextDataConfig,
                                  MaskedWindows, TextBlocks, TextClassificationDataConfig, TextDataConfig, TextWindows,
                                  Tokens, encode_text, load_labelled_text, load_text)
+from perceiver.data.tokenizer import JsonTokenizer, tokenize

@@ -25,7 +25,7 @@ def load_checkpoint(path: str | Path, device: torch.device) -> tuple[Task, nn.Mo
     saved = checkpoint.load(path, device)
     config = from_dict(saved["config"], TASKS)
     task = TASKS[config.task](config)
-    task.class_names = saved.get("class_names")
+    task.restore(saved)
     model = task.build_model().to(device)
     load_weights(model, saved["model"], str(path))
     return task, model.eval()
