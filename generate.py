@@ -1,6 +1,7 @@
 """Sample from a Perceiver AR: `python generate.py --ckpt runs/clm/checkpoints/last.pt --prompt "def "`.
 
-Only the text goes to stdout, as it is made; everything else goes to stderr.
+Only the text goes to stdout, as it is made; everything else goes to stderr. A model of images completes the lower half of
+one: `python generate.py --ckpt runs/image_ar/checkpoints/last.pt --prompt digit.png --num-samples 4 --out digits.png`.
 """
 import argparse
 import sys
@@ -9,16 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from perceiver.config import Config
-from perceiver.data import JsonTokenizer, TextDataConfig
+from perceiver.data import JsonTokenizer, TextDataConfig, image_transform, read_image, to_tokens
 from perceiver.distributed import init_ranks
 from perceiver.errors import UserError, run_script
 from perceiver.model import PerceiverAR
 from perceiver.pretrained import find_beside, from_pretrained
 from perceiver.sampling import generate
-from perceiver.tasks import CausalLM, Task, load_checkpoint
+from perceiver.tasks import CausalLM, ImageSequences, Task, load_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,13 +31,15 @@ def parse_args() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the text to continue; - reads it from stdin")
     source.add_argument("--prompt-file", help="a file with the text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="images have as many as they lack; default: "
+                        "%(default)s")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     parser.add_argument("--top-k", type=int, help="draw from the K most likely tokens")
     parser.add_argument("--top-p", type=float, help="draw from the most likely tokens with total probability P")
     parser.add_argument("--seed", type=int, default=0, help="sample i of a run is sample 0 of seed + i")
     parser.add_argument("--num-samples", type=int, default=1, help="several are printed when they are complete")
     parser.add_argument("--stride", type=int, help="tokens between two re-encodings; default: half of the latents")
+    parser.add_argument("--out", help="file to write; default: completion.png")
     parser.add_argument("--no-kv-cache", action="store_true", help="evaluate the whole model for every token")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args()
@@ -100,7 +104,21 @@ def continue_text(task: CausalLM, model: PerceiverAR, args: argparse.Namespace) 
     write(tokenizer.stream([], streams[0], final=True) + "\n")
 
 
-GENERATORS = {CausalLM: continue_text}
+def complete_image(task: ImageSequences, model: PerceiverAR, args: argparse.Namespace) -> None:
+    """A picture: the image as it is, its upper half, and samples of the lower one."""
+    shape, out = task.config.data.image_shape, args.out or "completion.png"
+    image = read_image(args.prompt_file if args.prompt is None else args.prompt, shape[2])
+    tokens = to_tokens(image_transform(task.config.data, shape)(image))
+    args.max_new_tokens = len(tokens) - task.num_given
+    lower = torch.tensor(list(sample(model, tokens[: task.num_given].tolist(), args))).T  # (number of samples, S / 2)
+    try:
+        to_pil_image(task.picture(tokens[None], lower[:, None])).save(out)
+    except (OSError, ValueError) as error:  # ValueError: of an ending that it doesn't know
+        raise UserError(f"cannot write {out}: {error}") from None
+    tell(f"wrote {out}")
+
+
+GENERATORS = {CausalLM: continue_text, ImageSequences: complete_image}
 
 
 def load(args: argparse.Namespace, device: torch.device) -> tuple[Task, PerceiverAR]:

@@ -1,14 +1,12 @@
 """What the tasks learn, trained from the command line as a user would; and the sizes of the recipes."""
 import re
-import struct
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 
 from conftest import ROOT, read_metrics, run_script
+from digits import write_digits
 from perceiver import checkpoint
 from perceiver.config import load_config
 from perceiver.tasks import TASKS
@@ -42,15 +40,7 @@ def accuracy(run: Path) -> float:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
-    """scikit-learn's digits, 8x8, as MNIST's files: 1437 for training, 360 for testing."""
-    folder, data = tmp_path_factory.mktemp("digits"), load_digits()
-    images, order = (data.images * 255 / 16).astype(np.uint8), np.random.default_rng(0).permutation(len(data.images))
-    for part, numbers in (("train", order[:1437]), ("t10k", order[1437:])):
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(
-            struct.pack(">4i", 0x803, len(numbers), 8, 8) + images[numbers].tobytes())
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">2i", 0x801, len(numbers)) + data.target[numbers].astype(np.uint8).tobytes())
-    return folder
+    return write_digits(tmp_path_factory.mktemp("digits"))
 
 
 def test_digits_are_learned(digits, tmp_path):

@@ -309,13 +309,19 @@ class TextBlocks(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """input_ids (T,), padded on the left, labels (N,), pad_mask (T,)"""
-        first = 1 + index * self.num_latents  # the first token to predict
+        first = 1 + index * self.num_latents
         end = min(first + self.num_latents, len(self.tokens))
-        window = self.tokens[max(0, end - 1 - self.max_seq_len) : end]
-        padding = self.max_seq_len + 1 - len(window)
-        labels = np.pad(self.tokens[first:end], (self.num_latents - (end - first), 0), constant_values=IGNORE)
-        return {"input_ids": np.pad(window[:-1], (padding, 0)), "labels": labels,
-                "pad_mask": np.arange(self.max_seq_len) < padding}
+        return span(self.tokens, first, end, self.max_seq_len, self.num_latents)
+
+
+def span(tokens: Tokens | np.ndarray, first: int, end: int, max_seq_len: int, num_latents: int) -> dict[str, np.ndarray]:
+    """An example to predict tokens first .. end - 1, up to N of them, with all of the context that fits: input_ids (T,),
+    padded on the left, labels (N,), pad_mask (T,)"""
+    window = tokens[max(0, end - 1 - max_seq_len) : end]
+    padding = max_seq_len + 1 - len(window)
+    labels = np.pad(tokens[first:end], (num_latents - (end - first), 0), constant_values=IGNORE)
+    return {"input_ids": np.pad(window[:-1], (padding, 0)), "labels": labels,
+            "pad_mask": np.arange(max_seq_len) < padding}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from perceiver import checkpoint
 from perceiver.config import from_dict
 from perceiver.pretrained import load_weights
 from perceiver.tasks.base import Autoregression, Classification, Task
-from perceiver.tasks.image import ImageClassification
+from perceiver.tasks.image import ImageClassification, ImageSequences
 from perceiver.tasks.language import CausalLM, MaskedLM, TextClassification
 
 TASKS = {
@@ -16,6 +16,7 @@ TASKS = {
     "masked_lm": MaskedLM,
     "text_classification": TextClassification,
     "image_classification": ImageClassification,
+    "image_ar": ImageSequences,
 }
 
 
