@@ -1,7 +1,8 @@
 """Sample from a Perceiver AR: `python generate.py --ckpt runs/clm/checkpoints/last.pt --prompt "def "`.
 
-Only the text goes to stdout, as it is made; everything else goes to stderr. A model of images completes the lower half of
-one: `python generate.py --ckpt runs/image_ar/checkpoints/last.pt --prompt digit.png --num-samples 4 --out digits.png`.
+Only the text goes to stdout, as it is made; everything else goes to stderr. A model of music continues a MIDI file:
+`python generate.py --ckpt runs/music/checkpoints/best.pt --prompt piece.mid --out longer.mid --piano-roll longer.png`.
+One of images completes the lower half: `--ckpt runs/image_ar/checkpoints/best.pt --prompt digit.png --out digits.png`.
 """
 import argparse
 import sys
@@ -13,33 +14,36 @@ import torch
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
+from perceiver import pictures
 from perceiver.config import Config
-from perceiver.data import JsonTokenizer, TextDataConfig, image_transform, read_image, to_tokens
+from perceiver.data import (JsonTokenizer, MusicDataConfig, TextDataConfig, image_transform, music, read_image,
+                            to_tokens)
 from perceiver.distributed import init_ranks
 from perceiver.errors import UserError, run_script
 from perceiver.model import PerceiverAR
-from perceiver.pretrained import find_beside, from_pretrained
+from perceiver.pretrained import find_beside, from_pretrained, read_config
 from perceiver.sampling import generate
-from perceiver.tasks import CausalLM, ImageSequences, Task, load_checkpoint
+from perceiver.tasks import CausalLM, Copy, ImageSequences, SymbolicMusic, Task, load_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py (.pt), or published weights: "
-                        "krasserm/perceiver-ar-clm-base, or a folder or file that has them")
+    parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py (.pt), or published weights: krasserm/"
+                        "perceiver-ar-clm-base, krasserm/perceiver-ar-sam-giant-midi, or a folder or file with them")
     parser.add_argument("--tokenizer", help="a tokenizer.json; default: the one in the checkpoint, or beside the weights")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="the text to continue; - reads it from stdin")
-    source.add_argument("--prompt-file", help="a file with the text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="images have as many as they lack; default: "
-                        "%(default)s")
+    source.add_argument("--prompt", help="the text to continue; - reads it from stdin. Music, images: a file")
+    source.add_argument("--prompt-file", help="a file with what to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="default: %(default)s; images: all that lack")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     parser.add_argument("--top-k", type=int, help="draw from the K most likely tokens")
     parser.add_argument("--top-p", type=float, help="draw from the most likely tokens with total probability P")
     parser.add_argument("--seed", type=int, default=0, help="sample i of a run is sample 0 of seed + i")
     parser.add_argument("--num-samples", type=int, default=1, help="several are printed when they are complete")
     parser.add_argument("--stride", type=int, help="tokens between two re-encodings; default: half of the latents")
-    parser.add_argument("--out", help="file to write; default: completion.png")
+    parser.add_argument("--out", help="music, images: file to write; default: continuation.mid (several samples are "
+                        "numbered) or completion.png")
+    parser.add_argument("--piano-roll", metavar="PNG", help="music: file for a picture, with what is new in red")
     parser.add_argument("--no-kv-cache", action="store_true", help="evaluate the whole model for every token")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args()
@@ -87,6 +91,9 @@ def tell(line: str) -> None:
 
 def continue_text(task: CausalLM, model: PerceiverAR, args: argparse.Namespace) -> None:
     """The prompt and what follows: one sample as it is made, several when they are complete."""
+    for option in ("out", "piano_roll"):
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} is not for text, which goes to stdout")
     if args.tokenizer is not None:
         task.tokenizer = JsonTokenizer.read(args.tokenizer)
     text, tokenizer = read_prompt(args), task.tokenizer
@@ -104,6 +111,26 @@ def continue_text(task: CausalLM, model: PerceiverAR, args: argparse.Namespace) 
     write(tokenizer.stream([], streams[0], final=True) + "\n")
 
 
+def continue_music(task: SymbolicMusic, model: PerceiverAR, args: argparse.Namespace) -> None:
+    """A MIDI file for each sample, the prompt and what follows."""
+    prompt = music.encode(music.read_midi(args.prompt_file or args.prompt)).tolist()
+    given = music.decode(prompt)
+    for number, events in enumerate(zip(*sample(model, prompt, args)), 1):
+        notes = music.decode([*prompt, *events])
+        out = numbered(args.out or "continuation.mid", number, args)
+        music.write_midi(out, notes)
+        tell(f"wrote {out}: {len(given)} notes of the prompt and {len(notes) - len(given)} that follow")
+        if args.piano_roll is not None:
+            to_pil_image(pictures.piano_roll(notes, len(given))).save(numbered(args.piano_roll, number, args))
+
+
+def numbered(name: str, number: int, args: argparse.Namespace) -> Path:
+    """The file `name` for sample `number` of several, in a folder that is there."""
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path if args.num_samples == 1 else path.with_stem(f"{path.stem}-{number}")
+
+
 def complete_image(task: ImageSequences, model: PerceiverAR, args: argparse.Namespace) -> None:
     """A picture: the image as it is, its upper half, and samples of the lower one."""
     shape, out = task.config.data.image_shape, args.out or "completion.png"
@@ -118,7 +145,8 @@ def complete_image(task: ImageSequences, model: PerceiverAR, args: argparse.Name
     tell(f"wrote {out}")
 
 
-GENERATORS = {CausalLM: continue_text, ImageSequences: complete_image}
+GENERATORS = {CausalLM: continue_text, Copy: continue_text, SymbolicMusic: continue_music,
+              ImageSequences: complete_image}
 
 
 def load(args: argparse.Namespace, device: torch.device) -> tuple[Task, PerceiverAR]:
@@ -128,6 +156,8 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[Task, Perceive
     model = from_pretrained(args.ckpt)
     if not isinstance(model, PerceiverAR):
         raise UserError(f"{args.ckpt} is for predict.py; generate.py needs a Perceiver AR")
+    if read_config(find_beside(args.ckpt, "config.json"))["model_type"] == "perceiver-ar-symbolic-audio-model":
+        return SymbolicMusic(Config("symbolic_music", model.config, MusicDataConfig())), model.to(device)
     task = CausalLM(Config("causal_lm", model.config, TextDataConfig(holds_ids=True)))
     args.tokenizer = args.tokenizer or find_beside(args.ckpt, "tokenizer.json")
     if args.tokenizer is None:

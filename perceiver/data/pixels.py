@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from perceiver.config import require
 from perceiver.data.image import ImageDataConfig, Images
-from perceiver.data.text import span
+from perceiver.data.text import TextBlocks, Tokens, left_padded
 
 START = 256  # the token before an image, after those of values from 0 to 255
 
@@ -59,7 +59,8 @@ class PixelCrops(Dataset):
         """input_ids (T,), padded on the left, labels (N,), pad_mask (T,), prefix_keep (P',)"""
         tokens = to_tokens(self.images[index]["image"])
         end = torch.randint(1 + self.num_latents, 1 + len(tokens), ()).item()
-        example = span(tokens, end - self.num_latents, end, self.max_seq_len, self.num_latents)
+        window = tokens[max(0, end - 1 - self.max_seq_len) : end]
+        example = left_padded(window, self.num_latents, self.max_seq_len, self.num_latents, START)
         prefix_length = self.max_seq_len - self.num_latents
         if self.num_kept < prefix_length:
             example["prefix_keep"] = torch.randperm(prefix_length)[: self.num_kept].sort().values
@@ -79,5 +80,5 @@ class PixelBlocks(Dataset):
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """input_ids (T,), padded on the left, labels (N,), pad_mask (T,)"""
         number, block = divmod(index, self.blocks)
-        tokens, first = to_tokens(self.images[number]["image"]), 1 + block * self.num_latents
-        return span(tokens, first, min(first + self.num_latents, len(tokens)), self.max_seq_len, self.num_latents)
+        tokens = Tokens(to_tokens(self.images[number]["image"]))
+        return TextBlocks(tokens, self.max_seq_len, self.num_latents, START)[block]
