@@ -37,7 +37,7 @@ from perceiver.tasks import TASKS  # noqa: E402
 
 def measure(config_file: str, overrides: list[str], length: int, repeats: int) -> dict[str, float]:
     """Seconds of a training step on `length` tokens, and MiB at its peak."""
-    overrides = [*overrides, f"model.max_seq_len={length}", f"data.min_crop={length - 1}"]
+    overrides = [*overrides, f"model.max_seq_len={length}", f"data.min_crop={length - 1}", "data.grow_steps=0"]
     config = load_config(config_file, overrides, TASKS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"

@@ -115,11 +115,11 @@ def test_mistakes_are_named(override, words):
         copy_task(override)
 
 
-@pytest.mark.parametrize("config, overrides, size", [
-    ("copy", ["model.num_channels=1024", "model.num_heads=16"], 26_776_835), ("copy_131k", [], 89_757_955)])
-def test_models_have_the_published_sizes(config, overrides, size):
-    result = run_script("train.py", f"configs/{config}.yaml", "train.dry_run=true", *overrides)
-    assert result.returncode == 0 and f"parameters: {size:,}" in result.stdout, result.stderr
+def test_at_the_published_width_the_model_has_the_published_size():
+    """Google's random_mirrored_32; the longer contexts are in test_tasks.py."""
+    with torch.device("meta"):
+        model = copy_task("model.num_channels=1024", "model.num_heads=16").build_model()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 26_776_835
 
 
 def test_windows_grow_from_the_middle_to_the_sequence():
