@@ -12,7 +12,7 @@ nothing of size M x M ever exists.
 """
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -505,6 +505,8 @@ class PerceiverARConfig:
     init_scale: float | None = 0.02  # standard deviation of the initial weights; null: 1 / sqrt(inputs), embeddings 1
     activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third more compute
     z_loss: float = 0.0  # training: weight of log(Z)^2, Z the denominator of the output's softmax
+    # Weights to start training from: as `from_pretrained`, or a checkpoint of train.py
+    init_from: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         check_positive(self, "vocab_size", "max_seq_len", "num_latents", "num_channels", "num_heads", "widening_factor")

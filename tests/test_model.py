@@ -6,12 +6,9 @@ import torch
 
 from conftest import GOLDEN
 from perceiver.model import Linear, PerceiverAR, PerceiverARConfig, attend, rotary_angles, rotate, sinusoids
+from perceiver.pretrained import our_key
 
 SMALL = dict(vocab_size=19, max_seq_len=24, num_latents=8, num_channels=32, num_heads=4, num_self_attention_layers=2)
-# krasserm's names of what stands before and after the layers' own parts
-KRASSERM = [("module.attention.q_proj", "attention.q"), ("module.attention.k_proj", "attention.k"),
-            ("module.attention.v_proj", "attention.v"), ("module.attention.o_proj", "attention.out"),
-            ("module.q_norm", "q_norm"), ("module.kv_norm", "kv_norm"), ("module.norm", "norm")]
 
 
 def small_model(**options) -> PerceiverAR:
@@ -29,18 +26,9 @@ def tokens(*shape: int) -> torch.Tensor:
 
 
 def krasserm_weights(data) -> dict[str, torch.Tensor]:
-    weights = {}
-    for key in data.files:
-        if not key.startswith("param:"):
-            continue
-        name = key.removeprefix("param:")
-        for theirs, ours in KRASSERM:
-            name = name.replace("0." + theirs, ours)
-        name = name.replace("1.module.", "mlp.").replace("input_adapter.txt_embedding", "token_embedding")
-        name = name.replace("input_adapter.pos_embedding", "position_embedding").replace("out_norm", "output_norm")
-        name = name.replace("output_adapter.bias", "output_bias")
-        weights[name] = torch.from_numpy(data[key].astype(np.float32))
-    return weights
+    weights = {our_key("perceiver_ar", key.removeprefix("param:")): torch.from_numpy(data[key].astype(np.float32))
+               for key in data.files if key.startswith("param:")}
+    return {key: value for key, value in weights.items() if key}
 
 
 @pytest.mark.parametrize("file, options", [

@@ -11,6 +11,7 @@ from perceiver.tasks.base import Autoregression, Classification, Task
 from perceiver.tasks.copy import Copy
 from perceiver.tasks.image import ImageClassification
 from perceiver.tasks.language import CausalLM, MaskedLM, TextClassification
+from perceiver.tasks.music import SymbolicMusic
 
 TASKS = {
     "causal_lm": CausalLM,
@@ -18,6 +19,7 @@ TASKS = {
     "text_classification": TextClassification,
     "image_classification": ImageClassification,
     "copy": Copy,
+    "symbolic_music": SymbolicMusic,
 }
 
 
