@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.io import decode_image
 from torchvision.transforms.v2 import functional as TF
 
 from perceiver.config import require
@@ -184,10 +184,13 @@ def write_flo(file: str | Path, flow: Tensor) -> None:
 def read_kitti(file: str | Path) -> tuple[Tensor, Tensor]:
     """KITTI's 16-bit PNG of 64 * flow + 2^15, right and down, and whether it is known: as `read_flo`."""
     with reading(file):
-        values = decode_image(str(file)).movedim(0, -1)  # (H, W, 3)
-        if values.dtype != torch.uint16 or values.shape[-1] != 3:
+        high, low = (Image.open(file) for _ in range(2))
+        if high.format != "PNG" or high.tile[0][3] != "RGB;16B":
             raise ValueError("it is no PNG of 16 bits in 3 channels")
-    valid = values[..., 2].int() > 0
+        # PIL keeps the first byte of each number; told that numbers end with the higher byte, it keeps the second.
+        low.tile = [(*low.tile[0][:3], "RGB;16L")]
+        values = torch.from_numpy(256 * np.array(high, np.int32) + np.array(low))  # (H, W, 3)
+    valid = values[..., 2] > 0
     return torch.where(valid[..., None], (values[..., :2].float() - 2**15) / 64, 0.0), valid
 
 
