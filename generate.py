@@ -14,7 +14,7 @@ from perceiver.distributed import init_ranks
 from perceiver.errors import UserError, run_script
 from perceiver.model import PerceiverAR
 from perceiver.sampling import generate
-from perceiver.tasks import CausalLM, load_checkpoint
+from perceiver.tasks import CausalLM, Copy, load_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -89,7 +89,7 @@ def continue_text(task: CausalLM, model: PerceiverAR, args: argparse.Namespace) 
     write(task.tokenizer.stream([], stream, final=True) + "\n")
 
 
-GENERATORS = {CausalLM: continue_text}
+GENERATORS = {CausalLM: continue_text, Copy: continue_text}
 
 
 def main(args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Published weights: against DeepMind's own outputs and the Hugging Face port; what can be wrong with files."""
 import http.server
 import json
+import os
 import shutil
 import sys
 import threading
@@ -13,11 +14,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from conftest import GOLDEN, run_script
 from perceiver import pretrained
 from perceiver.errors import UserError
-from perceiver.pretrained import from_pretrained, load_weights, read_pretrained
-
-GOLDEN = Path(__file__).parent / "golden"
+from perceiver.pretrained import from_pretrained, load_weights, perceiver_ar, read_config, read_pretrained
 
 SMALL = dict(num_latents=6, d_latents=32, num_self_attends_per_block=2, num_self_attention_heads=4)
 FULL = dict(num_latents=512, d_latents=1024, num_self_attends_per_block=6, num_self_attention_heads=8, num_blocks=8,
@@ -46,6 +46,19 @@ def patches(frames: torch.Tensor) -> torch.Tensor:
     padded = nn.functional.pad(frames, (1, 1, 1, 1))
     return torch.cat([padded[..., row : row + height, column : column + width]
                       for row in range(3) for column in range(3)], dim=2)
+
+
+def multimodal_port(**kwargs) -> nn.Module:
+    return randomize(transformers.PerceiverForMultimodalAutoencoding(transformers.PerceiverConfig(**kwargs)))
+
+
+def compare_subsets(port: nn.Module, model: nn.Module, inputs: dict, positions: dict):
+    """The port always computes all of the label, and joins the patches of sound."""
+    theirs = port(inputs, subsampled_output_points={"label": None} | positions).logits
+    ours = model(inputs, output_positions={"label": None} | positions)
+    assert_equal(ours["label"], theirs["label"])
+    assert_equal(ours["image"], theirs["image"])
+    assert_equal(ours["audio"].flatten(1), theirs["audio"])
 
 
 def randomize(model: nn.Module) -> nn.Module:
@@ -91,6 +104,15 @@ def test_outputs_of_deepminds_code(folder):
     assert_equal(model(ids, pad, query_pad_mask=pad), out)
 
 
+@torch.inference_mode()
+def test_multimodal_outputs_of_deepminds_code():
+    file, model = np.load(GOLDEN / "multimodal" / "io.npz"), from_pretrained(GOLDEN / "multimodal")
+    inputs = {name: torch.from_numpy(file[name]).float() for name in ("image", "audio")}
+    outputs = model(inputs | {"label": torch.randn(1, 12)})  # masked: whatever it is
+    for name in ("image", "audio", "label"):
+        assert_equal(outputs[name], torch.from_numpy(file[f"out_{name}"]))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The port
 
@@ -118,6 +140,22 @@ def test_image_classifiers_equal_the_port(tmp_path, kind, file):
     if kind != "image_learned":  # Fourier positions are of any size
         images = torch.randn(1, 3, 48, 40)
         assert_equal(model(images), port(images).logits)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@torch.inference_mode()
+def test_multimodal_equals_the_port(tmp_path, file):
+    port = multimodal_port(**SMALL, num_blocks=2, num_cross_attention_heads=1, num_labels=11, num_frames=3,
+                           image_size=2, audio_samples_per_frame=16, samples_per_patch=8, output_shape=[1, 3, 8, 8],
+                           d_model=397, output_num_channels=20, _label_trainable_num_channels=40)
+    model = from_pretrained(save(port, tmp_path, file), "transformers")
+    inputs = {"image": torch.rand(2, 3, 3, 8, 8), "audio": torch.randn(2, 48, 1), "label": torch.randn(2, 11)}
+    everything = {"image": torch.arange(192), "audio": torch.arange(6)}
+    compare_subsets(port, model, inputs, everything)
+    compare_subsets(port, model, inputs, {"image": torch.tensor([190, 3, 3, 77]), "audio": torch.tensor([4])})
+    subsets, whole = model(inputs, output_positions=everything), model(inputs)
+    torch.testing.assert_close(whole["audio"], subsets["audio"].view(2, 48, 1))
+    torch.testing.assert_close(whole["image"], subsets["image"].view(2, 3, 8, 8, 3).permute(0, 1, 4, 2, 3))
 
 
 @torch.inference_mode()
@@ -175,6 +213,73 @@ def test_official_sizes_equal_the_port(tmp_path, kind):
         count = sum(parameter.numel() for parameter in from_pretrained(folder, variant).parameters())
         assert count == {"masked_lm": 201_108_230, "image_fourier": 48_440_627, "image_learned": 62_255_848,
                          "image_conv": 48_646_522}[kind]
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_official_multimodal_size_equals_the_port(tmp_path):
+    port = multimodal_port(num_latents=784, d_latents=512, d_model=704, num_blocks=1, num_self_attends_per_block=8,
+                           num_self_attention_heads=8, num_cross_attention_heads=1, num_labels=700)
+    folder = save(port, tmp_path, "pytorch_model.bin")
+    (folder / "config.json").unlink()
+    model = from_pretrained(folder, "transformers")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 19_858_855
+    inputs = {"image": torch.rand(1, 16, 3, 224, 224), "audio": torch.randn(1, 30720, 1), "label": torch.zeros(1, 700)}
+    compare_subsets(port, model, inputs, {"image": torch.randint(16 * 224 * 224, (500,)),
+                                          "audio": torch.arange(0, 1920, 13)})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# krasserm's Perceiver AR
+
+PEER = os.environ.get("KRASSERM")  # where krasserm's package is, as golden/krasserm/peer.py says
+# Of the published models' config.json
+CLM_BASE = dict(vocab_size=32_000, max_seq_len=1024, max_latents=512, num_channels=1280, num_heads=10,
+                num_self_attention_layers=20, output_norm=True, output_bias=False, abs_pos_emb=False)
+GIANT_MIDI = CLM_BASE | dict(vocab_size=389, max_seq_len=6144, max_latents=2048, num_channels=768, num_heads=8,
+                             num_self_attention_layers=18)
+
+
+@torch.inference_mode()
+def assert_equal_to_the_peer(folder: Path):
+    file, model = np.load(folder / "io.npz"), from_pretrained(folder)
+    ids, pad, logits = (torch.from_numpy(file[name]) for name in ("ids", "pad", "logits"))
+    num_latents = logits.shape[1]
+    assert pad.sum(1).tolist() == [0, (ids.shape[1] - num_latents) // 3, ids.shape[1] - num_latents]
+    for ours, theirs in ((model(ids, num_latents, pad), logits), (model(ids[:1], num_latents), logits[:1]),
+                         (model(ids[:, -5:], 3), torch.from_numpy(file["short"]))):
+        assert theirs.std() > 0.05
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_outputs_of_krasserms_code(tmp_path, file):
+    folder = shutil.copytree(GOLDEN / "krasserm" / "hf-clm", tmp_path / "model")
+    if file == "pytorch_model.bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / file)
+        (folder / "model.safetensors").unlink()
+    assert_equal_to_the_peer(folder)
+
+
+@pytest.mark.skipif(PEER is None, reason="KRASSERM names no folder with krasserm's package")
+@pytest.mark.parametrize("config", [dict(abs_pos_emb=False, output_bias=False, num_self_attention_rotary_layers=-1),
+                                    dict(output_norm=False, num_heads=4)])
+def test_krasserms_code_itself(tmp_path, config):
+    script = GOLDEN / "krasserm" / "peer.py"
+    result = run_script(script, PEER, tmp_path, json.dumps(CLM_BASE | dict(
+        vocab_size=31, max_seq_len=48, max_latents=16, num_channels=64, num_heads=2, num_self_attention_layers=4,
+        output_bias=True, abs_pos_emb=True) | config))
+    assert result.returncode == 0, result.stderr
+    assert_equal_to_the_peer(tmp_path)
+
+
+@pytest.mark.parametrize("fields, count", [(CLM_BASE, 453_950_720), (GIANT_MIDI, 134_840_832)])
+def test_krasserms_models_have_the_published_sizes(fields, count):
+    published = read_config(GOLDEN / "krasserm" / "hf-clm" / "config.json")["model_config"]
+    with torch.device("meta"):
+        fields = published | {"num_self_attention_rotary_layers": 1} | fields
+        model = perceiver_ar({}, {"model_config": fields}, "deepmind").build()
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -273,6 +378,24 @@ def test_weights_for_a_model_with_other_classes(folder):
     (dict(model_type="bert"), "model_type='bert'"), (dict(use_query_residual=False), "use_query_residual=False")])
 def test_config_that_does_not_fit(folder, fields, message):
     change_config(folder, **fields)
+    assert message in error_of(folder)
+
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(), "model_config of config.json lacks self_attention_widening_factor"),
+    (dict(model_config={}), "model_config of config.json lacks self_attention_widening_factor"),
+    (dict(cross_attention_widening_factor=2), "cross_attention_widening_factor=2"),
+    (dict(num_channels=8), "of another shape"), (dict(num_self_attention_layers=2), "not used: self_attention.2."),
+    (dict(abs_pos_emb=False), "1 not used: position_embedding.weight"),
+    (dict(num_heads=3), "num_channels=16 is not divisible by num_heads=3")])
+def test_config_of_krasserms_that_does_not_fit(tmp_path, fields, message):
+    folder = shutil.copytree(GOLDEN / "krasserm" / "hf-clm", tmp_path / "model")
+    if not fields:
+        (folder / "config.json").unlink()
+    elif "model_config" in fields:
+        change_config(folder, **fields)
+    else:
+        change_config(folder, model_config=read_config(folder / "config.json")["model_config"] | fields)
     assert message in error_of(folder)
 
 

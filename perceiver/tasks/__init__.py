@@ -8,6 +8,7 @@ from perceiver import checkpoint
 from perceiver.config import from_dict
 from perceiver.pretrained import load_weights
 from perceiver.tasks.base import Autoregression, Classification, Task
+from perceiver.tasks.copy import Copy
 from perceiver.tasks.flow import OpticalFlow
 from perceiver.tasks.image import ImageClassification
 from perceiver.tasks.language import CausalLM, MaskedLM, TextClassification
@@ -17,6 +18,7 @@ TASKS = {
     "masked_lm": MaskedLM,
     "text_classification": TextClassification,
     "image_classification": ImageClassification,
+    "copy": Copy,
     "optical_flow": OpticalFlow,
 }
 

@@ -70,11 +70,20 @@ class Autoregression(Task):
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         labels = batch["labels"]  # (B, N)
         logits = model(batch["input_ids"], labels.shape[1], batch.get("pad_mask"), batch.get("prefix_keep"))
-        return token_sums(logits, labels)
+        sums = self.sums(logits, batch)
+        if model.training and (weight := self.config.model.z_loss):
+            log_z = logits.float().logsumexp(-1)[labels != IGNORE]
+            sums["loss"] = sums["loss"] + weight * log_z.square().sum()
+        return sums
+
+    def sums(self, logits: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As of `loss`, without z-loss."""
+        sums = token_sums(logits, batch["labels"])
+        return sums | {"cross_entropy": sums["loss"]}
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        loss = sums["loss"] / sums["count"]
-        return {"loss": loss, f"bits_per_{self.unit}": loss / math.log(2)}
+        bits = sums["cross_entropy"] / sums["count"] / math.log(2)
+        return {"loss": sums["loss"] / sums["count"], f"bits_per_{self.unit}": bits}
 
 
 class Classification(Task):
