@@ -99,7 +99,7 @@ def draw_pair(rng: np.random.Generator, frame_shape: tuple[int, ...], max_motion
         else:  # between an ellipse and a box
             radii = torch.from_numpy(rng.uniform(0.15, 0.35, 2)) * size
             seen = ((points - centre) / radii).abs().pow(rng.choice([2, 8])).sum(-1) < 1
-        texture = rng.normal(rng.normal(0, 0.7, (3, 1, 1)), 0.7, (3, height // 4 + 2, width // 4 + 2))
+        texture = rng.normal(size=(3, height // 3, width // 3))  # about 3 pixels from one colour to the next
         colours = F.grid_sample(torch.from_numpy(texture).expand(2, -1, -1, -1), 2 * points / size - 1, "bilinear",
                                 "reflection", align_corners=False)  # (2, 3, H, W)
         frames = torch.where(seen[:, None], colours.tanh().float(), frames)
