@@ -139,7 +139,7 @@ def find_flow(task: OpticalFlow, model: nn.Module, args: argparse.Namespace) -> 
 
 
 def frame_pairs(inputs: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Each frame with the next one, (2, 3, H, W) in [-1, 1], by a name, of image files, a folder of them, or a video."""
+    """A name, and a frame with the next one, (2, 3, H, W) in [-1, 1], of image files, a folder of them, or a video."""
     source = Path(inputs[0])
     if len(inputs) == 1 and source.suffix.lower() in SUFFIXES:
         number = 0

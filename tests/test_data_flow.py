@@ -132,7 +132,8 @@ def whole(dataset: FlowDataConfig) -> list[dict]:
         frames = torch.stack([torch.tensor(np.array(frame) / 127.5 - 1, dtype=torch.float32).movedim(-1, 0)
                               for frame in (frame1, frame2)])
         valid = torch.tensor(valid[0] if valid else np.ones(WHOLE, bool))
-        examples.append({"frames": frames, "flow": torch.tensor(flow).movedim(0, -1) * valid[..., None], "valid": valid})
+        flow = torch.tensor(flow).movedim(0, -1) * valid[..., None]
+        examples.append({"frames": frames, "flow": flow, "valid": valid})
     return examples
 
 

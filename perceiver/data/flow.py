@@ -1,4 +1,4 @@
-"""Optical flow: pairs of frames and how far each pixel of the first one moves. Generated, Sintel, FlyingChairs, KITTI."""
+"""Optical flow: pairs of frames and how far each pixel of the first moves. Generated, Sintel, FlyingChairs, KITTI."""
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
