@@ -14,7 +14,8 @@ from perceiver.config import load_config
 from perceiver.tasks import TASKS
 
 SIZES = {"clm_wikitext103": 30_563_078, "mlm_paper": 201_108_230, "mnist": 907_212, "imagenet_fourier": 48_440_627,
-         "imagenet_learned": 62_255_848, "imagenet_conv": 48_646_522, "imagenet_perceiver": 44_912_254}
+         "imagenet_learned": 62_255_848, "imagenet_conv": 48_646_522, "imagenet_perceiver": 44_912_254,
+         **{f"flow_{data}": 41_057_134 for data in ("chairs", "sintel", "kitti")}}
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 
 

@@ -25,6 +25,8 @@ class FlowDataConfig(LoaderConfig):
     val_examples: int = 256  # of generated: pairs to validate on
     sintel_pass: str = "both"  # of sintel: clean, final (with blur and fog), or both
     flip: bool = False  # training: left and right exchanged in half of the examples, top and bottom in a tenth
+    train_pixels: int | None = None  # training: how many pixels of an example, at random, are asked for; null: all
+    eval_whole: bool = False  # validation: whole images, in tiles, which must be of one size; else their centres
 
     def __post_init__(self):
         super().__post_init__()
@@ -32,6 +34,8 @@ class FlowDataConfig(LoaderConfig):
         require(self.path is not None or self.dataset == "generated",
                 f"path=None must name the folder of {self.dataset}")
         require(self.max_motion > 0, f"max_motion={self.max_motion} must be positive")
+        require(self.train_pixels is None or self.train_pixels >= 1,
+                f"train_pixels={self.train_pixels} must be at least 1, or null")
         require(self.val_examples >= 1, f"val_examples={self.val_examples} must be at least 1")
         require(self.sintel_pass in ("clean", "final", "both"),
                 f"sintel_pass={self.sintel_pass!r} must be clean, final or both")
@@ -41,17 +45,24 @@ def load_flow(config: FlowDataConfig, frame_shape: tuple[int, ...], seed: int) -
     """Pairs of frames for training, by key (step, index in the global batch), and for validation.
 
     Each is a dict: frames (2, 3, H, W) in [-1, 1], flow (H, W, 2) in pixels, right and down, of the first frame, and
-    valid (H, W), true where it is known. Raises UserError if they are not there.
+    valid (H, W), true where it is known; with `train_pixels`, flow (O', 2) and valid (O',) at positions (O',). Raises
+    UserError if they are not there.
     """
     if config.dataset == "generated":
-        return (GeneratedFlow(frame_shape, config.max_motion, (seed,)),
+        return (GeneratedFlow(frame_shape, config.max_motion, (seed,), train_pixels=config.train_pixels),
                 GeneratedFlow(frame_shape, config.max_motion, (2**63,), config.val_examples))  # no seed is that large
     train, val = DATASETS[config.dataset](Path(config.path), config)
     for part in (train, val):
         if not part:
             raise UserError(f"data.path={config.path} holds too few examples of {config.dataset} to train and validate")
-    examples = FlowFiles(train, frame_shape, train=True, flip=config.flip)
-    return Shuffled(examples, config.batch_size, seed), FlowFiles(val, frame_shape, train=False)
+    examples = FlowFiles(train, frame_shape, True, config.flip, config.train_pixels)
+    return Shuffled(examples, config.batch_size, seed), FlowFiles(val, None if config.eval_whole else frame_shape)
+
+
+def only_at(example: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+    """Of the flow what there is at `positions` (O'), numbers of pixels."""
+    return {"frames": example["frames"], "positions": positions, "flow": example["flow"].flatten(0, 1)[positions],
+            "valid": example["valid"].flatten()[positions]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -61,8 +72,10 @@ def load_flow(config: FlowDataConfig, frame_shape: tuple[int, ...], seed: int) -
 class GeneratedFlow(Dataset):
     """Textured things that move over a textured background, drawn anew for each key."""
 
-    def __init__(self, frame_shape: tuple[int, ...], max_motion: float, seed: tuple[int, ...], num_examples: int = 0):
-        self.frame_shape, self.max_motion, self.seed, self.num_examples = frame_shape, max_motion, seed, num_examples
+    def __init__(self, frame_shape: tuple[int, ...], max_motion: float, seed: tuple[int, ...], num_examples: int = 0,
+                 train_pixels: int | None = None):
+        self.frame_shape, self.max_motion, self.train_pixels = frame_shape, max_motion, train_pixels
+        self.seed, self.num_examples = seed, num_examples
 
     def __len__(self) -> int:
         return self.num_examples
@@ -70,7 +83,10 @@ class GeneratedFlow(Dataset):
     def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Tensor]:
         rng = np.random.default_rng((*self.seed, *np.atleast_1d(key)))
         frames, flow, _ = draw_pair(rng, self.frame_shape, self.max_motion)
-        return {"frames": frames, "flow": flow, "valid": torch.ones(self.frame_shape, dtype=torch.bool)}
+        example = {"frames": frames, "flow": flow, "valid": torch.ones(self.frame_shape, dtype=torch.bool)}
+        if self.train_pixels is None:
+            return example
+        return only_at(example, torch.from_numpy(rng.permutation(flow[..., 0].numel())[: self.train_pixels]))
 
 
 def draw_pair(rng: np.random.Generator, frame_shape: tuple[int, ...], max_motion: float,
@@ -81,29 +97,26 @@ def draw_pair(rng: np.random.Generator, frame_shape: tuple[int, ...], max_motion
     pixel of the second frame shows what the inverse motion finds in the first one's plane. So the flow is exact.
     """
     height, width = frame_shape
-    size = torch.tensor([width, height], dtype=torch.float64)
-    pixels = torch.stack(torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy"), -1).double()
-    frames, flow = torch.empty(2, 3, height, width), torch.empty(height, width, 2)
-    layers = torch.empty(2, height, width, dtype=torch.long)
+    size = torch.tensor([width, height])
+    pixels = torch.stack(torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy"), -1)  # (H, W, 2)
     for layer in range(rng.integers(2, 5)):  # the background, and one to three things
-        centre = torch.from_numpy(rng.uniform(0.1, 0.9, 2)) * size
+        centre = torch.from_numpy(rng.uniform(0.1, 0.9, 2)).float() * size
         angle, zoom = rng.uniform(-0.1, 0.1), rng.uniform(0.95, 1.05)
-        turn = zoom * torch.tensor([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        shift = torch.from_numpy(rng.uniform(-max_motion, max_motion, 2))
+        turn = zoom * torch.tensor([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]).float()
+        shift = torch.from_numpy(rng.uniform(-max_motion, max_motion, 2)).float()
         moved = (pixels - centre) @ turn.T + centre + shift  # where the layer's points are in the second frame
         came = (pixels - centre - shift) @ turn.inverse().T + centre  # and where what is there was in the first one
         points = torch.stack((pixels, came))  # (2, H, W, 2)
-
+        texture = torch.from_numpy(rng.normal(size=(3, height // 3, width // 3))).float()  # 3 pixels to a new colour
+        colours = F.grid_sample(texture.expand(2, -1, -1, -1), 2 * points / size - 1, "bilinear", "reflection",
+                                align_corners=False).tanh()  # (2, 3, H, W)
         if layer == 0:
-            seen = torch.ones(2, height, width, dtype=torch.bool)
-        else:  # between an ellipse and a box
-            radii = torch.from_numpy(rng.uniform(0.15, 0.35, 2)) * size
-            seen = ((points - centre) / radii).abs().pow(rng.choice([2, 8])).sum(-1) < 1
-        texture = rng.normal(size=(3, height // 3, width // 3))  # about 3 pixels from one colour to the next
-        colours = F.grid_sample(torch.from_numpy(texture).expand(2, -1, -1, -1), 2 * points / size - 1, "bilinear",
-                                "reflection", align_corners=False)  # (2, 3, H, W)
-        frames = torch.where(seen[:, None], colours.tanh().float(), frames)
-        flow = torch.where(seen[0, ..., None], (moved - pixels).float(), flow)
+            frames, flow, layers = colours, moved - pixels, torch.zeros(2, height, width, dtype=torch.long)
+            continue
+        radii = torch.from_numpy(rng.uniform(0.15, 0.35, 2)).float() * size
+        seen = ((points - centre) / radii).abs().pow(rng.choice([2, 8])).sum(-1) < 1  # an ellipse, or nearly a box
+        frames = torch.where(seen[:, None], colours, frames)
+        flow = torch.where(seen[0, ..., None], moved - pixels, flow)
         layers = layers.masked_fill(seen, layer)
     return frames, flow, layers
 
@@ -113,12 +126,13 @@ def draw_pair(rng: np.random.Generator, frame_shape: tuple[int, ...], max_motion
 
 
 class FlowFiles(Dataset):
-    """Pairs of frames from files, cropped to `frame_shape`: at random for training, else the centre."""
+    """Pairs of frames from files, cropped to `frame_shape` if that is given: at random for training, else the centre."""
 
-    def __init__(self, examples: list[tuple[Path, Path, Path]], frame_shape: tuple[int, ...], train: bool,
-                 flip: bool = False):
+    def __init__(self, examples: list[tuple[Path, Path, Path]], frame_shape: tuple[int, ...] | None,
+                 train: bool = False, flip: bool = False, train_pixels: int | None = None):
         """`examples` are files: two frames and the flow, a .flo or a 16-bit .png as KITTI's."""
-        self.examples, self.frame_shape, self.train, self.flip = examples, frame_shape, train, flip
+        self.examples, self.frame_shape = examples, frame_shape
+        self.train, self.flip, self.train_pixels = train, flip, train_pixels
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -129,7 +143,7 @@ class FlowFiles(Dataset):
         flow, valid = (read_kitti if flow_file.suffix == ".png" else read_flo)(flow_file)
         if flow.shape[:2] != frames.shape[2:]:
             raise UserError(f"{flow_file} is {size_of(flow.shape)}, its frame {files[0]} {size_of(frames.shape[2:])}")
-        (height, width), (h, w) = flow.shape[:2], self.frame_shape
+        (height, width), (h, w) = flow.shape[:2], self.frame_shape or flow.shape[:2]
         if height < h or width < w:
             raise UserError(f"{files[0]} is {size_of(flow.shape)}, smaller than model.input.frame_shape, "
                             f"{size_of(self.frame_shape)}")
@@ -141,7 +155,8 @@ class FlowFiles(Dataset):
             if torch.rand(()) < share:
                 frames, flow, valid = frames.flip(axis + 2), flow.flip(axis), valid.flip(axis)
                 flow = flow * torch.tensor([-1.0, 1.0] if axis == 1 else [1.0, -1.0])
-        return {"frames": frames, "flow": flow.contiguous(), "valid": valid.contiguous()}
+        example = {"frames": frames, "flow": flow, "valid": valid}
+        return only_at(example, torch.randperm(h * w)[: self.train_pixels]) if self.train_pixels else example
 
 
 def read_frames(files: list[str | Path]) -> Tensor:

@@ -6,6 +6,7 @@ from torch.utils.data import Dataset
 from perceiver import pictures
 from perceiver.architectures import OpticalFlowConfig
 from perceiver.data import FlowDataConfig, load_flow
+from perceiver.flow import compute_flow
 from perceiver.tasks.base import Task
 
 
@@ -24,10 +25,21 @@ class OpticalFlow(Task):
         return train_set, self.val_set
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        flow, valid = batch["flow"], batch["valid"]  # (B, H, W, 2), (B, H, W)
-        error = torch.linalg.vector_norm(model(batch["frames"]).float() - flow, dim=-1)
+        flow, valid = batch["flow"], batch["valid"]  # (B, H, W, 2), (B, H, W); or (B, O', 2), (B, O') at positions
+        if "positions" in batch:
+            predicted = model(batch["frames"], batch["positions"])
+        else:
+            predicted = self.predict(model, batch["frames"])
+        error = torch.linalg.vector_norm(predicted.float() - flow, dim=-1)
         return {"loss": (error * valid).sum(), "count": valid.sum(),
                 "motion": (torch.linalg.vector_norm(flow, dim=-1) * valid).sum()}
+
+    def predict(self, model: nn.Module, frames: Tensor) -> Tensor:
+        """Flow (B, H, W, 2) of frames (B, 2, 3, H, W), in tiles if they are not of the size that the model takes."""
+        tile = self.config.model.input.frame_shape
+        if frames.shape[3:] == tile:
+            return model(frames)
+        return torch.stack([compute_flow(model, pair, tile) for pair in frames])
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """`epe` is the end-point error, `motion` that of saying that nothing moves."""
@@ -38,7 +50,7 @@ class OpticalFlow(Task):
         picked = [self.val_set[n * len(self.val_set) // 4] for n in range(min(4, len(self.val_set)))]
         frames, truth = (torch.stack([example[name] for example in picked]) for name in ("frames", "flow"))
         with torch.inference_mode():
-            flow = model.eval()(frames.to(next(model.parameters()).device)).cpu()
+            flow = self.predict(model.eval(), frames.to(next(model.parameters()).device)).cpu()
         model.train()
         return {"flow": pictures.flow_rows(frames[:, 0], flow, truth)}
 
