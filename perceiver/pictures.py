@@ -156,6 +156,23 @@ def characters(input_ids: list[int]) -> Iterator[tuple[str, int]]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Videos
+
+
+def enlarged(frames: Tensor, size: int) -> Tensor:
+    """Frames (T, 3, H, W) in [0, 1] as uint8, their pixels repeated if the longer side has fewer than `size`."""
+    scale = math.ceil(size / max(frames.shape[2:]))
+    return (255 * frames).round().byte().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+
+
+def contact_sheet(*clips: Tensor) -> Tensor:
+    """A row of at most 8 frames for each of the clips (T, 3, H, W) in [0, 1]."""
+    some = torch.linspace(0, len(clips[0]) - 1, min(8, len(clips[0]))).round().long()
+    frames = enlarged(torch.cat([clip[some] for clip in clips]), 96)
+    return make_grid(frames, nrow=len(some), padding=MARGIN // 4, pad_value=255)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Music
 
 GIVEN, NEW = (52, 101, 164), (222, 45, 38)  # blue, red

@@ -12,3 +12,5 @@ from perceiver.data.text import (IGNORE, ByteTokenizer, IdTokenizer, LabelledTex
                                  MaskedWindows, TextBlocks, TextClassificationDataConfig, TextDataConfig, TextWindows,
                                  Tokens, encode_text, load_labelled_text, load_text)
 from perceiver.data.tokenizer import JsonTokenizer, tokenize
+from perceiver.data.video import (ClipShape, VideoDataConfig, WithQueries, frame_rate, load_clips, read_video,
+                                  video_frames, write_sound, write_video)

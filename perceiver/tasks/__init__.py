@@ -13,6 +13,7 @@ from perceiver.tasks.flow import OpticalFlow
 from perceiver.tasks.image import ImageClassification, ImageSequences
 from perceiver.tasks.language import CausalLM, MaskedLM, TextClassification
 from perceiver.tasks.music import SymbolicMusic
+from perceiver.tasks.video import MultimodalAutoencoding
 
 TASKS = {
     "causal_lm": CausalLM,
@@ -23,6 +24,7 @@ TASKS = {
     "symbolic_music": SymbolicMusic,
     "image_ar": ImageSequences,
     "optical_flow": OpticalFlow,
+    "multimodal_autoencoding": MultimodalAutoencoding,
 }
 
 
