@@ -31,9 +31,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
     `mask` is boolean, broadcastable to (B, H, N, M), true where a query may look; a query that may look nowhere gets
     zeros, as in DeepMind's code. `causal` takes the queries for the last N of the M positions: query i sees the keys
     up to M - N + i. `scale` is that of the scores, by default 1 / sqrt(channels of q).
+
+    A floating-point `mask` of a single query is added to its scores, at least one of them finite: `KVCache`'s.
     """
     n, m = q.shape[-2], k.shape[-2]
     causal = causal and n > 1  # a single query is the last position: it sees everything
+    if mask is not None and mask.is_floating_point():
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
     if mask is None:
         bias, square = None, causal and n == m
         if causal and not square:
@@ -73,16 +77,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, faster for the few rows of a decoding step on the CPU.
 
     Such a step takes as long as reading the weights does, and MKL's matrix product reads them with one core. A batch of
-    products with parts of the weights uses all cores: on two (AMD EPYC) a row takes 0.3 of the time. It no longer pays
-    from 8 rows on, nor in bfloat16, which takes another path.
+    products with parts of the weights uses all cores: on two (AMD EPYC) a row takes 0.3 of the time, and up to 32 rows,
+    which want to be on the other side of the product, take 0.6. Not so in bfloat16, which goes another way.
     """
     rows = x.numel() // x.shape[-1]
-    if not x.is_cpu or not 1 <= rows <= 4 or x.dtype.itemsize < 4:
+    if not x.is_cpu or not 1 <= rows <= 32 or x.dtype.itemsize < 4:
         return F.linear(x, weight, bias)
     parts = math.gcd(weight.shape[0], 16)
-    columns = x.reshape(1, rows, -1).mT.expand(parts, -1, -1)  # (parts, in, rows)
-    y = torch.bmm(weight.view(parts, -1, x.shape[-1]), columns)  # (parts, out / parts, rows)
-    y = y.view(-1, rows).t().view(*x.shape[:-1], -1)
+    weights, x_rows = weight.view(parts, -1, x.shape[-1]), x.reshape(1, rows, -1)
+    if rows <= 2:
+        y = torch.bmm(weights, x_rows.mT.expand(parts, -1, -1)).view(-1, rows).t()  # (parts, out / parts, rows)
+    else:
+        y = torch.bmm(x_rows.expand(parts, -1, -1), weights.mT).transpose(0, 1)  # (rows, parts, out / parts)
+    y = y.reshape(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
@@ -584,47 +591,57 @@ class PerceiverAR(nn.Module):
 class Slots:
     """Which slots of a layer's key/value buffers are in use, and where the next key of every sequence goes."""
 
-    def __init__(self, batch_size: int, size: int, device: torch.device):
-        self.size, self.device = size, device
+    def __init__(self, batch_size: int, size: int, like: Tensor, static: bool):
+        self.size, self.like, self.static = size, like, static
         self.used = [0] * batch_size  # slots 0 .. used - 1 of each sequence
 
     def advance(self) -> None:
         """Takes one more slot of every sequence. A full sequence gives its last one again: it is due for a prefill."""
         start = [min(used, self.size - 1) for used in self.used]
         self.used = [slot + 1 for slot in start]
+        self.new = torch.tensor(start, device=self.like.device)  # (B,)
         self.limit = max(self.used)  # keys are read up to here
-        self.new = torch.tensor(start, device=self.device)  # (B,)
+        if self.static:
+            self.limit = min(self.size, max(512, 1 << (self.limit - 1).bit_length()))
         self.mask = None  # sequences of one length see all that is read
-        if min(start) < max(start):
-            self.mask = (torch.arange(self.limit, device=self.device) <= self.new[:, None])[:, None, None]  # (B,1,1,M)
+        if self.static or min(start) < max(start):
+            unseen = torch.arange(self.limit, device=self.like.device) > self.new[:, None]
+            self.mask = self.like.new_zeros(unseen.shape).masked_fill(unseen, -torch.inf)[:, None, None]  # (B, 1, 1, M)
 
 
 class KVCache:
     """Keys and values of every layer for B sequences that are being continued, in buffers allocated once.
 
-    A sequence owns one row. Its keys lie in the order of their positions and are stored rotated, so that nothing of
-    them changes while tokens are appended. There are two ways to run the model with a cache:
+    A sequence owns one row. Its keys lie in the order of their positions and are stored rotated, in the dtype of the
+    weights, so that nothing of them changes while tokens are appended. There are two ways to run the model with a cache:
 
         cache.prefill(rows, M, N'); model(ids (len(rows), M), N', cache=cache)    starts these rows anew
         cache.advance(); model(ids (B, 1), cache=cache)                           appends a token to every row
 
     Appending is exact, because of causality, as long as the first token and the first latent of the window stay where
     they are; when one of them moves, the row has to be prefilled (sampling.py decides when).
+
+    With `static`, what differs from one appended token to the next is in tensors alone (slots, masks), for
+    torch.compile and CUDA graphs; how many keys are read, 512 or the next power of two, changes a few times at most.
+    Without it no unused key is read, nor a mask made for sequences of one length.
     """
 
-    def __init__(self, model: PerceiverAR, batch_size: int):
+    def __init__(self, model: PerceiverAR, batch_size: int, static: bool = False):
         c, weight = model.config, model.token_embedding.weight
 
         def buffers(slots: int) -> tuple[Tensor, Tensor]:
             widths = model.cross_attention.attention.head_widths(weight.device)
-            return tuple(weight.new_zeros(batch_size, c.num_heads, slots, width) for width in widths)
+            pair = tuple(weight.new_zeros(batch_size, c.num_heads, slots, width) for width in widths)
+            for buffer in pair:  # a CUDA graph writes to it in place rather than to a copy of its own
+                torch._dynamo.mark_static_address(buffer)
+            return pair
 
         self.rows: list[int] | None = None  # the rows of a prefill, None when all rows advance
         self.all_rows = torch.arange(batch_size, device=weight.device)
         self.cross = buffers(c.max_seq_len)
         self.latents = [buffers(c.num_latents) for _ in range(c.num_self_attention_layers)]
-        self.cross_slots = Slots(batch_size, c.max_seq_len, weight.device)
-        self.latent_slots = Slots(batch_size, c.num_latents, weight.device)
+        self.cross_slots = Slots(batch_size, c.max_seq_len, weight, static)
+        self.latent_slots = Slots(batch_size, c.num_latents, weight, static)
 
     def prefill(self, rows: list[int], num_tokens: int, num_latents: int) -> None:
         """The next forward starts `rows` anew, with `num_tokens` tokens each of which the last are latents."""
