@@ -31,6 +31,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-samples", type=int, default=1, help="several are printed when they are complete")
     parser.add_argument("--stride", type=int, help="tokens between two re-encodings; default: half of the latents")
     parser.add_argument("--no-kv-cache", action="store_true", help="evaluate the whole model for every token")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and caches; default: as trained")
+    parser.add_argument("--compile", action="store_true", help="decode by torch.compile: some 20 s at first, then faster")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args()
 
