@@ -1,6 +1,7 @@
 """Sample from a Perceiver AR: `python generate.py --ckpt runs/clm/checkpoints/last.pt --prompt "def "`.
 
-Only the text goes to stdout, as it is made; everything else goes to stderr.
+Only the text goes to stdout, as it is made; everything else goes to stderr. A model of music continues a MIDI file:
+`python generate.py --ckpt runs/music/checkpoints/best.pt --prompt piece.mid --out longer.mid --piano-roll longer.png`.
 """
 import argparse
 import sys
@@ -8,21 +9,24 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
+from perceiver import pictures
+from perceiver.data import music
 from perceiver.distributed import init_ranks
 from perceiver.errors import UserError, run_script
 from perceiver.model import PerceiverAR
 from perceiver.sampling import generate
-from perceiver.tasks import CausalLM, load_checkpoint
+from perceiver.tasks import CausalLM, Copy, SymbolicMusic, load_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="the text to continue; - reads it from stdin")
-    source.add_argument("--prompt-file", help="a file with the text to continue")
+    source.add_argument("--prompt", help="the text to continue; - reads it from stdin. Music: a MIDI file")
+    source.add_argument("--prompt-file", help="a file with what to continue")
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     parser.add_argument("--top-k", type=int, help="draw from the K most likely tokens")
@@ -30,6 +34,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="sample i of a run is sample 0 of seed + i")
     parser.add_argument("--num-samples", type=int, default=1, help="several are printed when they are complete")
     parser.add_argument("--stride", type=int, help="tokens between two re-encodings; default: half of the latents")
+    parser.add_argument("--out", help="file to write; default: continuation.mid; several samples are numbered")
+    parser.add_argument("--piano-roll", metavar="PNG", help="music: file for a picture, with what is new in red")
     parser.add_argument("--no-kv-cache", action="store_true", help="evaluate the whole model for every token")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and caches; default: as trained")
     parser.add_argument("--compile", action="store_true", help="decode by torch.compile: some 20 s at first, then faster")
@@ -79,6 +85,9 @@ def tell(line: str) -> None:
 
 def continue_text(task: CausalLM, model: PerceiverAR, args: argparse.Namespace) -> None:
     """The prompt and what follows: one sample as it is made, several when they are complete."""
+    for option in ("out", "piano_roll"):
+        if getattr(args, option) is not None:
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} is not for text, which goes to stdout")
     text = read_prompt(args)
     steps = sample(model, task.tokenizer.encode(text), args)
     if args.num_samples > 1:
@@ -91,7 +100,27 @@ def continue_text(task: CausalLM, model: PerceiverAR, args: argparse.Namespace) 
     write(task.tokenizer.stream([], stream, final=True) + "\n")
 
 
-GENERATORS = {CausalLM: continue_text}
+def continue_music(task: SymbolicMusic, model: PerceiverAR, args: argparse.Namespace) -> None:
+    """A MIDI file for each sample, the prompt and what follows."""
+    prompt = music.encode(music.read_midi(args.prompt_file or args.prompt)).tolist()
+    given = music.decode(prompt)
+    for number, events in enumerate(zip(*sample(model, prompt, args)), 1):
+        notes = music.decode([*prompt, *events])
+        out = numbered(args.out or "continuation.mid", number, args)
+        music.write_midi(out, notes)
+        tell(f"wrote {out}: {len(given)} notes of the prompt and {len(notes) - len(given)} that follow")
+        if args.piano_roll is not None:
+            to_pil_image(pictures.piano_roll(notes, len(given))).save(numbered(args.piano_roll, number, args))
+
+
+def numbered(name: str, number: int, args: argparse.Namespace) -> Path:
+    """The file `name` for sample `number` of several, in a folder that is there."""
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path if args.num_samples == 1 else path.with_stem(f"{path.stem}-{number}")
+
+
+GENERATORS = {CausalLM: continue_text, Copy: continue_text, SymbolicMusic: continue_music}
 
 
 def main(args: argparse.Namespace) -> None:

@@ -154,6 +154,58 @@ class ImageFeatures(nn.Module):
         return F.pad(x, width + height)
 
 
+class FrameFeatures(nn.Module):
+    """Two frames (B, 2, 3, H, W) -> (B, H, W, C): a linear map of what lies around each pixel in both of them.
+
+    That is 3x3 pixels of each frame, zeros outside of it, in the order frame, row, column, colour (Perceiver IO,
+    appendix H; DeepMind's optical_flow colab). The map is computed as a convolution: nothing 27 times as large as a
+    frame exists.
+    """
+
+    def __init__(self, num_channels: int, init_scale: float = 0.02):
+        super().__init__()
+        self.linear = nn.Linear(2 * 3 * 3 * 3, num_channels)
+        init_weights(self, init_scale)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Raises ValueError if these are not two frames in colour."""
+        if frames.ndim != 5 or frames.shape[1:3] != (2, 3):
+            raise ValueError(f"frames of shape {tuple(frames.shape)}, expected (batch, 2, 3, height, width)")
+        kernels = self.linear.weight.unflatten(1, (2, 3, 3, 3)).movedim(-1, 2).flatten(1, 2)  # (C, 6, 3, 3)
+        return F.conv2d(frames.flatten(1, 2), kernels, self.linear.bias, padding=1).movedim(1, -1)
+
+
+class Patches(nn.Module):
+    """Inputs on a grid of d dimensions, (B, *sizes, C), to patches (B, *(sizes / patch_shape), C').
+
+    The C' = prod(patch_shape) * C channels of a patch are in the order of its places, each with its C channels:
+    DeepMind's space_to_depth. `channel_dim` is where the inputs have theirs: -1, or 2 of videos (B, T, C, H, W).
+    """
+
+    def __init__(self, patch_shape: tuple[int, ...], channel_dim: int = -1):
+        super().__init__()
+        self.patch_shape = tuple(patch_shape)
+        self.channel_dim = channel_dim
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Raises RuntimeError if a size is no multiple of the patch's."""
+        x, d = inputs.movedim(self.channel_dim, -1), len(self.patch_shape)  # (B, *sizes, C)
+        for i, size in enumerate(self.patch_shape):
+            x = x.unflatten(2 * i + 1, (-1, size))  # in the end (B, n1, size1, n2, size2, ..., C)
+        return x.permute(0, *range(1, 2 * d, 2), *range(2, 2 * d + 1, 2), -1).flatten(d + 1)
+
+
+class VectorInput(nn.Module):
+    """A vector (B, C), such as a class as one-hot, as the only input, (B, 1, C): it needs no position."""
+
+    def __init__(self, num_channels: int):
+        super().__init__()
+        self.num_channels = num_channels
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs[:, None]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Query providers and output adapters
 
@@ -167,6 +219,7 @@ class TrainableQueries(nn.Module):
     def __init__(self, num_queries: int, num_channels: int, one_per_input: bool = False, init_scale: float = 0.02):
         super().__init__()
         self.one_per_input = one_per_input
+        self.num_channels = num_channels
         self.table = nn.Embedding(num_queries, num_channels)
         init_weights(self, init_scale)
 
@@ -175,6 +228,41 @@ class TrainableQueries(nn.Module):
         queries = self.table.weight[: x.shape[1]] if self.one_per_input else self.table.weight  # (O, F)
         if output_positions is not None:
             queries = queries[output_positions]  # (O', F) or (B, O', F)
+        return queries.expand(len(x), -1, -1)
+
+
+class InputQueries(nn.Module):
+    """The adapted inputs (B, M, C) themselves: query i asks about input i."""
+
+    def forward(self, x: Tensor, output_positions: Tensor | None = None) -> Tensor:
+        """`output_positions` (O') or (B, O') selects queries by number."""
+        if output_positions is None:
+            return x
+        return x[torch.arange(len(x), device=x.device)[:, None], output_positions]  # (B, O', C)
+
+
+class FourierQueries(nn.Module):
+    """Fourier features of positions, one query a place on a grid: (B, M, C) -> (B, O, F), places in row-major order.
+
+    A grid of n places has coordinates -1 + 2 i / n, which end before 1, as DeepMind's code has them for outputs that
+    are chosen by number (perceiver.py, decoder_query). They are computed for the chosen ones alone: those of a video of
+    16 x 224 x 224 take 626 MB.
+    """
+
+    def __init__(self, grid: tuple[int, ...], num_bands: int, max_resolution: tuple[int, ...]):
+        super().__init__()
+        self.grid = tuple(grid)
+        self.num_bands = num_bands
+        self.max_resolution = max_resolution
+        self.num_channels = len(self.grid) * (2 * num_bands + 1)
+
+    def forward(self, x: Tensor, output_positions: Tensor | None = None) -> Tensor:
+        """`output_positions` (O') or (B, O') selects places by number."""
+        if output_positions is None:
+            output_positions = torch.arange(math.prod(self.grid), device=x.device)
+        places = torch.stack(torch.unravel_index(output_positions, self.grid), dim=-1)  # (..., O', d)
+        positions = -1 + 2 * places / torch.tensor(self.grid, dtype=torch.float32, device=x.device)
+        queries = fourier_features(positions, self.num_bands, self.max_resolution).to(x.dtype)
         return queries.expand(len(x), -1, -1)
 
 
@@ -188,6 +276,28 @@ class LinearOutput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)
+
+
+class GridOutput(LinearOutput):
+    """Decoded queries (B, O, F) -> values (B, O, E) of places on a grid; `join` makes the whole of those of all places.
+
+    `shape` is that of the whole with its channels last. They come to lie where `channel_dim` says, as of `Patches`.
+    """
+
+    def __init__(self, num_channels: int, num_outputs: int, shape: tuple[int, ...], channel_dim: int = -1,
+                 init_scale: float = 0.02):
+        super().__init__(num_channels, num_outputs, init_scale)
+        self.shape = tuple(shape)
+        self.channel_dim = channel_dim
+        self.num_places = math.prod(shape) // num_outputs  # O
+
+    def join(self, x: Tensor) -> Tensor:
+        """Values of all places (B, O, E) -> the whole, (B, *shape) but for the place of the channels."""
+        return x.reshape(len(x), *self.shape).movedim(-1, self.channel_dim)
+
+    def split(self, whole: Tensor) -> Tensor:
+        """The inverse of `join`."""
+        return whole.movedim(self.channel_dim, -1).reshape(len(whole), self.num_places, -1)
 
 
 class ClassificationOutput(LinearOutput):
@@ -207,3 +317,17 @@ class TiedTokenOutput(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.tied[0].weight, self.bias)
+
+
+class FlowOutput(LinearOutput):
+    """Decoded queries (B, O, F) -> optical flow (B, O, 2): how far each pixel moves right and down, in pixels.
+
+    DeepMind's decoder divides by 100, and what it gives counts 20 pixels. Like there, the flow is 0 at first.
+    """
+    PIXELS = 20 / 100  # that a linear output of 1 stands for
+
+    def __init__(self, num_channels: int):
+        super().__init__(num_channels, 2, init_scale=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.PIXELS * self.linear(x)

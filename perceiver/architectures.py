@@ -1,16 +1,18 @@
-"""Whole models of the Perceiver IO family, as configs describe them: an input, an encoder, queries, a decoder, an output.
+"""Whole models of the Perceiver IO family, as configs describe them: input, encoder, queries, decoder, output.
 
 Each config's `build()` puts parts of model.py and adapters.py together. Letters of shapes are those of model.py.
 """
 import math
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
-from perceiver.adapters import (ClassificationOutput, FourierPositions, ImageFeatures, InputAdapter, LinearOutput,
-                                TiedTokenOutput, TrainablePositions, TrainableQueries)
+from perceiver.adapters import (ClassificationOutput, FlowOutput, FourierPositions, FourierQueries, FrameFeatures,
+                                GridOutput, ImageFeatures, InputAdapter, InputQueries, LinearOutput, Patches,
+                                TiedTokenOutput, TrainablePositions, TrainableQueries, VectorInput)
 from perceiver.model import (Perceiver, PerceiverDecoder, PerceiverDecoderConfig, PerceiverEncoder,
                              PerceiverEncoderConfig, PerceiverIO, check_positive, init_weights)
+from perceiver.multimodal import MultimodalInput, MultimodalOutput, MultimodalPerceiverIO, MultimodalQueries
 
 
 @dataclass
@@ -179,3 +181,152 @@ class TextClassifierConfig(ClassifierConfig):
 @dataclass
 class ImageClassifierConfig(ClassifierConfig):
     input: ImageInputConfig = field(default_factory=ImageInputConfig)
+
+
+@dataclass
+class FrameInputConfig:
+    frame_shape: tuple[int, ...] = (368, 496)  # height and width that the model is trained for
+    num_feature_channels: int = 64  # of what is around a pixel in both frames
+    num_frequency_bands: int = 64  # K, of Fourier positions, which are concatenated
+    max_resolution: tuple[int, ...] | None = None  # twice the highest frequencies; null: frame_shape
+
+    def __post_init__(self):
+        check_positive(self, "num_feature_channels", "num_frequency_bands")
+        for name in ("frame_shape", "max_resolution"):
+            if (value := getattr(self, name)) is not None and (len(value) != 2 or min(value) < 1):
+                raise ValueError(f"{name}={value} must be 2 positive numbers")
+
+    @property
+    def num_channels(self) -> int:
+        """C of the adapted inputs."""
+        return self.num_feature_channels + 2 * (2 * self.num_frequency_bands + 1)
+
+    def build(self, init_scale: float) -> InputAdapter:
+        """Frames (B, 2, 3, H, W) -> (B, H * W, C)."""
+        positions = FourierPositions(self.frame_shape, self.num_frequency_bands, self.max_resolution)
+        return InputAdapter(FrameFeatures(self.num_feature_channels, init_scale), self.num_feature_channels, positions)
+
+
+class OpticalFlowModel(PerceiverIO):
+    """Perceiver IO with an output for each pixel, arranged as the pixels are."""
+
+    def forward(self, frames: Tensor, output_positions: Tensor | None = None) -> Tensor:
+        """Two frames (B, 2, 3, H, W) in [-1, 1] -> flow (B, H, W, 2), how far each pixel of the first moves right and
+        down, in pixels; or (B, O', 2) at `output_positions` (O') or (B, O'), pixels by number, row by row."""
+        flow = super().forward(frames, output_positions=output_positions)  # (B, O, 2)
+        return flow.unflatten(1, frames.shape[-2:]) if output_positions is None else flow
+
+
+@dataclass
+class OpticalFlowConfig(PerceiverIOConfig):
+    """Two frames to how each pixel of the first moves; a pixel's query is its adapted input (section 4.2)."""
+    input: FrameInputConfig = field(default_factory=FrameInputConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.decoder is None:
+            raise ValueError("decoder=None: optical flow needs one")
+        if self.decoder.num_query_channels is not None:
+            raise ValueError(f"decoder.num_query_channels={self.decoder.num_query_channels} must be null: the queries "
+                             "are the adapted inputs")
+
+    def build(self) -> OpticalFlowModel:
+        num_channels = self.input.num_channels
+        return OpticalFlowModel(self.input.build(self.encoder.init_scale), self.build_encoder(), InputQueries(),
+                                PerceiverDecoder(self.decoder, self.num_latent_channels, num_channels),
+                                FlowOutput(num_channels))
+
+
+@dataclass
+class VideoInputConfig:
+    """A clip: frames, sound and the class of what happens in it."""
+    image_shape: tuple[int, ...] = (16, 224, 224, 3)  # frames, height, width, channels
+    patch_shape: tuple[int, ...] = (1, 4, 4)  # frames, height and width of what is one input
+    num_image_bands: int = 32  # K of the patches' positions, and of the pixels' that are asked for
+    max_resolution: tuple[int, ...] | None = None  # of both: twice the highest frequencies; null: the patches
+    num_audio_samples: int = 30_720  # of mono sound, as long as the frames are shown
+    samples_per_patch: int = 16  # that are one input, and one output
+    num_audio_bands: int = 192  # K
+    num_classes: int = 700
+    num_padding_channels: int = 4  # at least so many trained ones follow those of each modality
+
+    def __post_init__(self):
+        check_positive(self, "num_image_bands", "num_audio_samples", "samples_per_patch", "num_audio_bands",
+                       "num_classes", "num_padding_channels")
+        for name, length in (("image_shape", 4), ("patch_shape", 3), ("max_resolution", 3)):
+            if (value := getattr(self, name)) is not None and (len(value) != length or min(value) < 1):
+                raise ValueError(f"{name}={value} must be {length} positive numbers")
+        if any(size % patch for size, patch in zip(self.image_shape, self.patch_shape)):
+            raise ValueError(f"patch_shape={self.patch_shape} does not divide image_shape={self.image_shape}")
+        if self.num_audio_samples % self.samples_per_patch:
+            raise ValueError(f"samples_per_patch={self.samples_per_patch} does not divide "
+                             f"num_audio_samples={self.num_audio_samples}")
+
+    @property
+    def image_grid(self) -> tuple[int, ...]:
+        """The patches: in time, in height, in width."""
+        return tuple(size // patch for size, patch in zip(self.image_shape, self.patch_shape))
+
+    @property
+    def audio_grid(self) -> tuple[int, ...]:
+        return (self.num_audio_samples // self.samples_per_patch,)
+
+    @property
+    def max_resolutions(self) -> dict[str, tuple[int, ...]]:
+        """The official models' are those of patches of the frames, but of samples of the sound."""
+        return {"image": self.max_resolution or self.image_grid, "audio": (self.num_audio_samples,)}
+
+    @property
+    def num_features(self) -> dict[str, int]:
+        """Channels of the adapted inputs but for positions."""
+        return {"image": math.prod(self.patch_shape) * self.image_shape[-1], "audio": self.samples_per_patch,
+                "label": self.num_classes}
+
+    @property
+    def num_channels(self) -> int:
+        """C of the adapted inputs."""
+        num_positions = {"image": 3 * (2 * self.num_image_bands + 1), "audio": 2 * self.num_audio_bands + 1, "label": 0}
+        return max(self.num_features[name] + num_positions[name] for name in num_positions) + self.num_padding_channels
+
+    def build(self, init_scale: float) -> MultimodalInput:
+        """image (B, T, 3, H, W), audio (B, S, 1), label (B, num_classes), masked by default -> (B, M, C)."""
+        image = FourierPositions(self.image_grid, self.num_image_bands, self.max_resolutions["image"])
+        audio = FourierPositions(self.audio_grid, self.num_audio_bands, self.max_resolutions["audio"])
+        adapters = {
+            "image": InputAdapter(Patches(self.patch_shape, channel_dim=2), self.num_features["image"], image),
+            "audio": InputAdapter(Patches((self.samples_per_patch,)), self.num_features["audio"], audio),
+            "label": VectorInput(self.num_classes)}
+        return MultimodalInput(adapters, self.num_padding_channels, ("label",), init_scale)
+
+
+@dataclass
+class MultimodalAutoencoderConfig(PerceiverIOConfig):
+    """Frames, sound and class of a video to the same (Perceiver IO, section 4.3)."""
+    input: VideoInputConfig = field(default_factory=VideoInputConfig)
+    num_output_channels: int = 512  # that all outputs are made of
+    num_query_padding_channels: int = 2  # at least so many trained ones follow those of each modality's queries
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "num_output_channels", "num_query_padding_channels")
+        if self.decoder is None:
+            raise ValueError("decoder=None: an autoencoder needs one")
+
+    def build(self) -> MultimodalPerceiverIO:
+        c, init_scale, resolutions = self.input, self.decoder.init_scale, self.input.max_resolutions
+        queries = MultimodalQueries({
+            "image": FourierQueries(c.image_shape[:3], c.num_image_bands, resolutions["image"]),
+            "audio": FourierQueries(c.audio_grid, c.num_audio_bands, resolutions["audio"]),
+            "label": TrainableQueries(1, self.decoder.num_query_channels or self.num_latent_channels,
+                                      init_scale=init_scale)}, self.num_query_padding_channels, init_scale)
+
+        def output(*sizes) -> GridOutput:
+            return GridOutput(self.num_output_channels, *sizes, init_scale=init_scale)
+
+        outputs = {"image": output(c.image_shape[-1], c.image_shape, 2),
+                   "audio": output(c.samples_per_patch, (c.num_audio_samples, 1)),
+                   "label": output(c.num_classes, (c.num_classes,))}
+        return MultimodalPerceiverIO(
+            c.build(self.encoder.init_scale), self.build_encoder(), queries,
+            PerceiverDecoder(self.decoder, self.num_latent_channels, queries.num_channels),
+            MultimodalOutput(outputs, queries.num_channels, self.num_output_channels, init_scale))

@@ -11,8 +11,8 @@ attend to many inputs, once, and all depth is spent on the latents. So the cost 
 nothing of size M x M ever exists.
 """
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,18 @@ def rotary_angles(positions: Tensor, num_channels: int, dtype: torch.dtype) -> t
     pairs = torch.arange(0, num_channels, 2, device=positions.device, dtype=exact)
     angles = positions[:, None, :, None] * 10_000.0 ** (-pairs / num_channels)  # (B, 1, M, num_channels / 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def sinusoids(positions: Tensor, num_channels: int, dtype: torch.dtype) -> Tensor:
+    """Fixed position embeddings (B, M, C) of positions (B, M): all sines, then all cosines (Perceiver AR, Google's code).
+
+    The C / 2 frequencies go geometrically from 1 to 1 / 10,000, both included. Angles are float64: in float32, position
+    131,072 would be off by a hundredth of a radian. They are computed when needed, as a table of such a context takes
+    half a gigabyte.
+    """
+    exponents = torch.arange(num_channels // 2, device=positions.device, dtype=torch.float64) / (num_channels // 2 - 1)
+    angles = positions[..., None] * 10_000.0**-exponents  # (B, M, C / 2)
+    return torch.cat((angles.sin().to(dtype), angles.cos().to(dtype)), dim=-1)
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -185,17 +197,24 @@ class Attention(nn.Module):
         return scores.softmax(-1).nan_to_num(0.0)  # zeros for a query that may look nowhere
 
 
-class MLP(nn.Sequential):
-    """LayerNorm and two linear maps with an activation between them: (..., C) -> (..., C).
+class SquaredReLU(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x).square()
 
-    `activation` is "gelu", the exact one (the Hugging Face port, krasserm), or "gelu_tanh" (DeepMind's code).
-    """
+
+# The exact GELU is that of krasserm's code and of the Hugging Face port, the other one that of DeepMind's code, and
+# squared ReLU (arXiv 2109.08668) that of Google's Perceiver AR.
+ACTIVATIONS = {"gelu": nn.GELU, "gelu_tanh": lambda: nn.GELU(approximate="tanh"), "squared_relu": SquaredReLU}
+
+
+class MLP(nn.Sequential):
+    """LayerNorm and two linear maps with one of ACTIVATIONS between them: (..., C) -> (..., C)."""
 
     def __init__(self, num_channels: int, widening_factor: int = 1, bias: bool = True, activation: str = "gelu"):
         super().__init__(
             nn.LayerNorm(num_channels),
             Linear(num_channels, widening_factor * num_channels, bias=bias),
-            nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none"),
+            ACTIVATIONS[activation](),
             Linear(widening_factor * num_channels, num_channels, bias=bias),
         )
 
@@ -255,12 +274,16 @@ class SelfAttentionLayer(nn.Module):
         return x + self.dropout(self.mlp(x))
 
 
-def init_weights(model: nn.Module, std: float) -> None:
+def init_weights(model: nn.Module, std: float | None) -> None:
     """Weights of linear maps, convolutions and tables normal with `std`, biases zero (krasserm's code and the Hugging
-    Face port). Latents and trained positions are tables too, so they start small."""
+    Face port). Latents and trained positions are tables too, so they start small.
+
+    Without `std` that of tables is 1 and that of maps 1 / sqrt(inputs), as in Google's code, which also cuts the tails.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
-            nn.init.normal_(module.weight, std=std)
+            fan_in = 1 if isinstance(module, nn.Embedding) else module.weight[0].numel()
+            nn.init.normal_(module.weight, std=fan_in**-0.5 if std is None else std)
         if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
@@ -277,6 +300,11 @@ def check_positive(config, *names: str) -> None:
     for name in names:
         if (value := getattr(config, name)) is not None and value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
+
+
+def check_choice(config, name: str, choices: Iterable[str]) -> None:
+    if getattr(config, name) not in choices:
+        raise ValueError(f"{name}={getattr(config, name)!r} must be one of {', '.join(choices)}")
 
 
 def check_dropout(config, *names: str) -> None:
@@ -305,8 +333,7 @@ class CrossAttentionConfig:
     def __post_init__(self):
         check_positive(self, *(name for name, value in vars(self).items() if type(value) is int))
         check_dropout(self, "dropout", "residual_dropout")
-        if self.activation not in ("gelu_tanh", "gelu"):
-            raise ValueError(f"activation={self.activation!r} must be gelu_tanh or gelu")
+        check_choice(self, "activation", ACTIVATIONS)
         if self.init_scale <= 0:
             raise ValueError(f"init_scale={self.init_scale} must be positive")
 
@@ -478,16 +505,25 @@ class PerceiverARConfig:
     num_heads: int = 8  # H: in all attention layers
     num_self_attention_layers: int = 8  # on the latents, after the one cross-attention
     widening_factor: int = 4  # hidden channels of an MLP / num_channels
-    absolute_positions: bool = True  # add learned position embeddings; then rotary turns half of a head, else all of it
+    absolute_positions: bool = True  # add position embeddings; then rotary turns half of a head, else all of it
+    sinusoidal_positions: bool = False  # absolute positions are fixed sinusoids, not learned
+    rotary: bool = True  # in the cross-attention and the first self-attention layers
     num_rotary_layers: int = 1  # self-attention layers with rotary positions, from the first; -1: all
     latent_keys: str = "kv_norm"  # norm of the latents as keys: kv_norm (Google) or q_norm (krasserm)
     output_norm: bool = False  # LayerNorm before the output
-    output_bias: bool = True  # bias of the output, which is tied to the token embedding
+    output_bias: bool = True  # bias of the output
+    tied_output: bool = True  # the output's weights are those of the token embedding; else its own, zero at first
+    latent_projection: bool = False  # the latents start as a linear map of the embedded inputs, else as they are
+    bias: bool = False  # biases in all linear maps; else in those of krasserm's code
+    activation: str = "gelu"  # of MLPs: gelu or squared_relu (Google)
     cross_attention_dropout: float = 0.0  # share of prefix positions left out of a training step
     post_attention_dropout: float = 0.0  # of attention weights
     residual_dropout: float = 0.0  # of what attention and MLP add to the residual stream
-    init_scale: float = 0.02  # standard deviation of the initial weights
+    init_scale: float | None = 0.02  # standard deviation of the initial weights; null: 1 / sqrt(inputs), embeddings 1
     activation_checkpointing: bool = False  # recompute layers in the backward pass: less memory, a third more compute
+    z_loss: float = 0.0  # training: weight of log(Z)^2, Z the denominator of the output's softmax
+    # Weights to start training from: as `from_pretrained`, or a checkpoint of train.py
+    init_from: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self):
         check_positive(self, "vocab_size", "max_seq_len", "num_latents", "num_channels", "num_heads", "widening_factor")
@@ -503,13 +539,18 @@ class PerceiverARConfig:
         if self.num_self_attention_layers < 0 or not -1 <= self.num_rotary_layers <= self.num_self_attention_layers:
             raise ValueError(f"num_rotary_layers={self.num_rotary_layers} must be -1 or at most "
                              f"num_self_attention_layers={self.num_self_attention_layers}")
-        if self.latent_keys not in ("kv_norm", "q_norm"):
-            raise ValueError(f"latent_keys={self.latent_keys!r} must be kv_norm or q_norm")
+        if self.sinusoidal_positions and (not self.absolute_positions or self.num_channels % 2 or self.num_channels < 4):
+            raise ValueError("sinusoidal_positions=True needs absolute_positions=True and an even num_channels >= 4, not "
+                             f"absolute_positions={self.absolute_positions}, num_channels={self.num_channels}")
+        check_choice(self, "latent_keys", ("kv_norm", "q_norm"))
+        check_choice(self, "activation", ACTIVATIONS)
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss={self.z_loss} must not be negative")
 
     @property
     def num_rotary_channels(self) -> int:
         """Channels of a head that rotary positions turn."""
-        head_channels = self.num_channels // self.num_heads
+        head_channels = self.num_channels // self.num_heads if self.rotary else 0
         return head_channels // 2 if self.absolute_positions else head_channels
 
     def num_kept(self, prefix_length: int) -> int:
@@ -524,22 +565,25 @@ class PerceiverAR(nn.Module):
     """Perceiver AR (arXiv 2202.07765, section 3): an autoregressive model whose last N inputs are its latents.
 
     One causal cross-attention lets the latents see the whole context, causal self-attention layers do the rest, and
-    each latent predicts the token after it. Linear maps carry biases where krasserm's code has them, so that its
-    weights load: the cross-attention's output and, optionally, the logits.
+    each latent predicts the token after it. By default the model is krasserm's: linear maps carry biases where its code
+    has them, the cross-attention's output and, optionally, the logits. configs/copy.yaml is Google's model.
     """
 
     def __init__(self, config: PerceiverARConfig):
         super().__init__()
         self.config = c = config
-        layer = dict(widening_factor=c.widening_factor, mlp_bias=False, residual_dropout=c.residual_dropout,
-                     qkv_bias=False, dropout=c.post_attention_dropout)
+        layer = dict(widening_factor=c.widening_factor, mlp_bias=c.bias, residual_dropout=c.residual_dropout,
+                     qkv_bias=c.bias, dropout=c.post_attention_dropout, activation=c.activation)
+        learned_positions = c.absolute_positions and not c.sinusoidal_positions
         self.token_embedding = nn.Embedding(c.vocab_size, c.num_channels)
-        self.position_embedding = nn.Embedding(c.max_seq_len, c.num_channels) if c.absolute_positions else None
+        self.position_embedding = nn.Embedding(c.max_seq_len, c.num_channels) if learned_positions else None
+        self.latent_projection = Linear(c.num_channels, c.num_channels) if c.latent_projection else nn.Identity()
         self.cross_attention = CrossAttentionLayer(c.num_channels, c.num_channels, c.num_heads,
                                                    latent_keys=c.latent_keys, out_bias=True, **layer)
-        self.self_attention = nn.ModuleList(SelfAttentionLayer(c.num_channels, c.num_heads, out_bias=False, **layer)
+        self.self_attention = nn.ModuleList(SelfAttentionLayer(c.num_channels, c.num_heads, out_bias=c.bias, **layer)
                                             for _ in range(c.num_self_attention_layers))
         self.output_norm = nn.LayerNorm(c.num_channels) if c.output_norm else nn.Identity()
+        self.output_weight = None if c.tied_output else nn.Parameter(torch.zeros(c.vocab_size, c.num_channels))
         self.output_bias = nn.Parameter(torch.zeros(c.vocab_size)) if c.output_bias else None
         init_weights(self, c.init_scale)
 
@@ -584,18 +628,24 @@ class PerceiverAR(nn.Module):
         x = self.token_embedding(input_ids)  # (B, M, C)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
-        rotary = rotary_angles(positions, c.num_rotary_channels, x.dtype)
-        rotary_latents = tuple(angles[:, :, -num_latents:] for angles in rotary)
+        elif c.sinusoidal_positions:
+            x = x + sinusoids(positions + 1, c.num_channels, x.dtype)  # Google's first token has position 1
+        rotary = rotary_latents = None
+        if c.rotary:
+            rotary = rotary_angles(positions, c.num_rotary_channels, x.dtype)
+            rotary_latents = tuple(angles[:, :, -num_latents:] for angles in rotary)
         mask = None if pad_mask is None else ~pad_mask[:, None, None, :]  # (B, 1, 1, M)
         latent_mask = None if mask is None else mask[..., -num_latents:]
 
-        x = run_layer(self.cross_attention, c.activation_checkpointing, x[:, -num_latents:], x, mask=mask, causal=True,
+        latents = self.latent_projection(x[:, -num_latents:])  # (B, N', C)
+        x = run_layer(self.cross_attention, c.activation_checkpointing, latents, x, mask=mask, causal=True,
                       rotary_q=rotary_latents, rotary_k=rotary, cache=cache and cache.update_cross)  # (B, N', C)
         for i, layer in enumerate(self.self_attention):
             angles = rotary_latents if c.num_rotary_layers == -1 or i < c.num_rotary_layers else None
             x = run_layer(layer, c.activation_checkpointing, x, mask=latent_mask, causal=True, rotary_q=angles,
                           rotary_k=angles, cache=cache and cache.update_latents(i))
-        return linear(self.output_norm(x), self.token_embedding.weight, self.output_bias)
+        weight = self.token_embedding.weight if self.output_weight is None else self.output_weight
+        return linear(self.output_norm(x), weight, self.output_bias)
 
 
 class Slots:

@@ -1,4 +1,4 @@
-"""Official weights: Hugging Face's copies of DeepMind's models, loaded into ours by tables of key names."""
+"""Published weights, by tables of key names: Hugging Face's copies of DeepMind's models, krasserm's Perceiver AR."""
 import dataclasses
 import fcntl
 import http.client
@@ -18,15 +18,18 @@ from torchvision.models import ResNet50_Weights
 from tqdm import tqdm
 
 from perceiver import checkpoint
-from perceiver.architectures import ImageClassifierConfig, ImageInputConfig, MaskedLMConfig, TokenInputConfig
+from perceiver.architectures import (FrameInputConfig, ImageClassifierConfig, ImageInputConfig, MaskedLMConfig,
+                                     MultimodalAutoencoderConfig, OpticalFlowConfig, PerceiverIOConfig,
+                                     TokenInputConfig, VideoInputConfig)
 from perceiver.config import Config
 from perceiver.errors import UserError
-from perceiver.model import PerceiverDecoderConfig, PerceiverEncoderConfig
+from perceiver.model import PerceiverARConfig, PerceiverDecoderConfig, PerceiverEncoderConfig
 
 VARIANTS = ("deepmind", "transformers")
 FILES = ("pytorch_model.bin", "model.safetensors")
 
-# Their keys, as patterns, and ours, by kind of model. All patterns of a table are applied, in order.
+# Their keys, as patterns, and ours, by kind of model. All patterns of a table are applied, in order; what becomes
+# nothing is no weight.
 COMMON = {
     r"^perceiver\.embeddings\.latents$": r"encoder.latents.weight",
     r"^perceiver\.encoder\.cross_attention\.": r"encoder.cross_attention.0.",
@@ -59,14 +62,38 @@ KEYS = {
         r"^perceiver\.input_preprocessor\.convnet\.conv\.": r"input_adapter.features.conv.",
         r"^perceiver\.input_preprocessor\.convnet\.batchnorm\.": r"input_adapter.features.norm.",
     },
+    "flow": CLASSIFIER | {r"^perceiver\.input_preprocessor\.conv_after_patches\.": r"input_adapter.features.linear."},
     "image_fourier": CLASSIFIER,
+    "perceiver_ar": {
+        r"^backend_model\.": r"",
+        r"^input_adapter\.frq_pos_encoding\.inv_freq$": r"",  # a buffer: the rotary frequencies
+        r"^input_adapter\.txt_embedding\.": r"token_embedding.",
+        r"^input_adapter\.pos_embedding\.": r"position_embedding.",
+        r"\.0\.module\.(q_norm|kv_norm|norm)\.": r".\1.",
+        r"\.0\.module\.attention\.(q|k|v)_proj\.": r".attention.\1.",
+        r"\.0\.module\.attention\.o_proj\.": r".attention.out.",
+        r"\.1\.module\.": r".mlp.",
+        r"^out_norm\.": r"output_norm.",
+        r"^output_adapter\.bias$": r"output_bias",
+    },
+    "multimodal": COMMON | {
+        r"^perceiver\.input_preprocessor\.": r"input_adapter.",
+        r"^perceiver\.decoder\.modalities\.label\.decoder\.output_position_encodings\.position_embeddings$":
+            r"query_provider.providers.label.table.weight",
+        r"^perceiver\.decoder\.padding\.": r"query_provider.padding.",
+        r"^perceiver\.decoder\.decoder\.final_layer\.": r"output_adapter.linear.",
+        r"^perceiver\.output_postprocessor\.modalities\.(\w+)\.classifier\.": r"output_adapter.adapters.\1.linear.",
+    },
 }
 # A key that tells the kind, if none before it in this order did.
 MARKERS = {
     "masked_lm": "embedding_decoder.bias",
+    "multimodal": "perceiver.input_preprocessor.padding.label",
     "image_learned": "perceiver.input_preprocessor.convnet_1x1.weight",
     "image_conv": "perceiver.input_preprocessor.convnet.conv.weight",
+    "flow": "perceiver.input_preprocessor.conv_after_patches.weight",
     "image_fourier": "perceiver.decoder.decoder.final_layer.weight",
+    "perceiver_ar": "backend_model.input_adapter.txt_embedding.weight",
 }
 
 
@@ -81,13 +108,18 @@ def from_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind") 
 
     name_or_path  a Hugging Face name, such as deepmind/language-perceiver, or what that has been saved to: a folder or
                   a file, pytorch_model.bin or model.safetensors. A config.json beside it is heeded; without one, what
-                  the weights don't tell (numbers of heads and of blocks) is the official model's
+                  the weights don't tell (numbers of heads and of blocks) is the official model's. krasserm's need it
     variant       "deepmind", which the weights were trained with, or "transformers", equal to the Hugging Face port.
                   They differ in the GELU (tanh or exact), in the padding of image-conv's convolution, and in
                   image-learned's query residual, that only the port has
 
     Masked language models: model(input_ids (B, L), pad_mask (B, L) or None) -> (B, L, 262). Image classifiers:
-    model(images (B, 3, 224, 224)) -> (B, 1000). Raises UserError at whatever is wrong with the files.
+    model(images (B, 3, 224, 224)) -> (B, 1000). Optical flow: model(frames (B, 2, 3, 368, 496) in [-1, 1]) ->
+    (B, 368, 496, 2) in pixels; flow.py has it for any size. The multimodal autoencoder: model({"image":
+    (B, 16, 3, 224, 224) in [0, 1], "audio": (B, 30720, 1) in [-1, 1], "label": (B, 700)}) -> a dict of the same; it
+    does not see the label unless told to (multimodal.py), and `model.reconstruct` needs less memory. krasserm's
+    perceiver-ar-clm-base and -sam-giant-midi: a PerceiverAR, of which `variant` says nothing. Raises UserError at
+    whatever is wrong with the files.
     """
     config, state = read_pretrained(name_or_path, variant)
     model = config.build()
@@ -96,7 +128,7 @@ def from_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind") 
 
 
 def read_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind",
-                    ) -> tuple[MaskedLMConfig | ImageClassifierConfig, dict[str, Tensor]]:
+                    ) -> tuple[PerceiverIOConfig | PerceiverARConfig, dict[str, Tensor]]:
     """The config and the state_dict of `from_pretrained`'s model."""
     if variant not in VARIANTS:
         raise UserError(f"variant={variant!r} must be one of {', '.join(VARIANTS)}")
@@ -105,19 +137,21 @@ def read_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind",
     kind = next((kind for kind, marker in MARKERS.items() if marker in weights), None)
     if kind is None:
         raise UserError(f"{path} holds no weights of a model known here ({', '.join(KEYS)})")
-    state = {}
-    for key, value in weights.items():
-        for pattern, ours in KEYS[kind].items():
-            key = re.sub(pattern, ours, key)
-        state[key] = value.float() if value.is_floating_point() else value
+    state = {our_key(kind, key): value.float() if value.is_floating_point() else value
+             for key, value in weights.items()}
+    state.pop("", None)
     try:
-        if kind == "masked_lm":
-            return masked_lm(state, published, variant), state
-        return image_classifier(kind, state, published, variant), state
+        return CONFIGS[kind](state, published, variant), state
     except KeyError as error:
         raise UserError(f"{path} lacks {error.args[0]}") from None
     except ValueError as error:
         raise UserError(f"the weights in {path} and its config.json do not fit: {error}") from None
+
+
+def our_key(kind: str, key: str) -> str:
+    for pattern, ours in KEYS[kind].items():
+        key = re.sub(pattern, ours, key)
+    return key
 
 
 def published_class_names(name_or_path: str | os.PathLike, num_classes: int) -> list[str] | None:
@@ -133,7 +167,8 @@ def start_from(model: nn.Module, source: str, config: Config) -> None:
     """Fills a new model with weights to train on from: `source` as in `from_pretrained`, or a checkpoint of train.py.
 
     From a model of the same kind all parts are taken, but an output that has another shape (other classes); from one of
-    another kind the input adapter and the encoder. Raises UserError if those do not fit.
+    another kind the input adapter and the encoder. A Perceiver AR is taken as a whole: only its numbers of latents and,
+    without absolute positions, of inputs may differ. Raises UserError if those do not fit.
     """
     if Path(source).suffix == ".pt":
         saved = checkpoint.load(source)
@@ -142,6 +177,13 @@ def start_from(model: nn.Module, source: str, config: Config) -> None:
         published, state = read_pretrained(source)
         old, same_kind = dataclasses.asdict(published), isinstance(config.model, type(published))
     new = dataclasses.asdict(config.model)
+    if isinstance(config.model, PerceiverARConfig):
+        free = {name: old.get(name) for name in ("num_latents", "max_seq_len")}
+        if changed := checkpoint.differences(old, new | free, "model"):
+            raise UserError(f"model.init_from={source} does not fit: {', '.join(changed)}")
+        return load_weights(model, state, source)
+    if "encoder" not in old:
+        raise UserError(f"model.init_from={source} has no encoder to start from")
     for name in ENCODER_CHOICES:
         if old["encoder"][name] != new["encoder"][name]:
             raise UserError(f"model.init_from={source} has encoder.{name}={old['encoder'][name]}, "
@@ -185,31 +227,75 @@ def masked_lm(state: dict[str, Tensor], published: dict, variant: str) -> Masked
         input=TokenInputConfig(vocab_size, len(state["input_adapter.positions.table.weight"]), num_input_channels))
 
 
-def image_classifier(kind: str, state: dict[str, Tensor], published: dict, variant: str) -> ImageClassifierConfig:
+def image_classifier(state: dict[str, Tensor], published: dict, variant: str) -> ImageClassifierConfig:
     num_classes = len(state["output_adapter.linear.weight"])
     if (num_labels := published.get("num_labels", len(published.get("id2label", [])))) not in (0, num_classes):
         raise ValueError(f"{num_classes} classes, config.json has num_labels={num_labels}")
     size = published.get("image_size", 224)  # the usual one: Fourier positions are of any size
-    if kind == "image_fourier":
-        image_input = ImageInputConfig((size, size, 3), max_resolution=(224, 224))
-    elif kind == "image_conv":
-        image_input = ImageInputConfig((size, size, 3), "conv", len(state["input_adapter.features.conv.weight"]),
+    positions, convolution = state.get("input_adapter.positions.table.weight"), "input_adapter.features.conv.weight"
+    residual = positions is None or variant == "transformers"
+    if positions is not None:  # image_learned
+        size, num_position_channels = math.isqrt(len(positions)), positions.shape[1]
+        image_input = ImageInputConfig((size, size, 3), "conv1x1", len(state[convolution]), positions="trainable",
+                                       num_position_channels=num_position_channels)
+    elif convolution in state:  # image_conv
+        image_input = ImageInputConfig((size, size, 3), "conv", len(state[convolution]),
                                        conv_padding="same" if variant == "deepmind" else "symmetric",
                                        max_resolution=(56, 56))
-    else:
-        num_positions, num_position_channels = state["input_adapter.positions.table.weight"].shape
-        size = math.isqrt(num_positions)
-        image_input = ImageInputConfig((size, size, 3), "conv1x1", len(state["input_adapter.features.conv.weight"]),
-                                       positions="trainable", num_position_channels=num_position_channels)
-    residual = kind != "image_learned" or variant == "transformers"
+    else:  # image_fourier
+        image_input = ImageInputConfig((size, size, 3), max_resolution=(224, 224))
     return ImageClassifierConfig(
         **core(state, published, variant, num_blocks=8, num_heads=1, num_decoder_heads=1, query_residual=residual),
         num_classes=num_classes, input=image_input)
 
 
+def optical_flow(state: dict[str, Tensor], published: dict, variant: str) -> OpticalFlowConfig:
+    frame_shape = tuple(published.get("train_size", (368, 496)))
+    return OpticalFlowConfig(
+        **core(state, published, variant, num_blocks=1, num_heads=1, num_decoder_heads=1, query_residual=False,
+               num_self_heads=16),
+        input=FrameInputConfig(frame_shape, len(state["input_adapter.features.linear.weight"])))
+
+
+def perceiver_ar(state: dict[str, Tensor], published: dict, variant: str) -> PerceiverARConfig:
+    """As the config.json of krasserm's PerceiverCausalLanguageModel and PerceiverSymbolicAudioModel tells."""
+    theirs = published.get("model_config", {})
+    try:
+        widening_factor = theirs["self_attention_widening_factor"]
+        if theirs["cross_attention_widening_factor"] != widening_factor:
+            raise ValueError(f"cross_attention_widening_factor={theirs['cross_attention_widening_factor']} must be "
+                             f"self_attention_widening_factor={widening_factor}")
+        same = ("vocab_size", "max_seq_len", "num_channels", "num_heads", "num_self_attention_layers", "output_norm",
+                "output_bias", "cross_attention_dropout", "post_attention_dropout", "residual_dropout", "init_scale")
+        return PerceiverARConfig(
+            **{name: theirs[name] for name in same}, num_latents=theirs["max_latents"], widening_factor=widening_factor,
+            absolute_positions=theirs["abs_pos_emb"], num_rotary_layers=theirs["num_self_attention_rotary_layers"],
+            latent_keys="q_norm")
+    except KeyError as error:
+        raise ValueError(f"model_config of config.json lacks {error.args[0]}") from None
+
+
+def multimodal(state: dict[str, Tensor], published: dict, variant: str) -> MultimodalAutoencoderConfig:
+    num_channels = {name: state[f"input_adapter.mask.{name}"].shape[1] - state[f"input_adapter.padding.{name}"].shape[1]
+                    for name in ("audio", "image", "label")}
+    samples_per_patch = len(state["output_adapter.adapters.audio.linear.weight"])
+    num_frames, resolution = published.get("num_frames", 16), published.get("image_size", 56)
+    video = VideoInputConfig(
+        (*published.get("output_shape", (1, 16, 224, 224))[1:], 3), max_resolution=(num_frames, resolution, resolution),
+        num_image_bands=((num_channels["image"] - 4 * 4 * 3) // 3 - 1) // 2,
+        num_audio_samples=num_frames * published.get("audio_samples_per_frame", 1920),
+        samples_per_patch=samples_per_patch, num_audio_bands=(num_channels["audio"] - samples_per_patch - 1) // 2,
+        num_classes=num_channels["label"],
+        num_padding_channels=min(state[f"input_adapter.padding.{name}"].shape[1] for name in num_channels))
+    return MultimodalAutoencoderConfig(
+        **core(state, published, variant, num_blocks=1, num_heads=1, num_decoder_heads=1, query_residual=False),
+        input=video, num_output_channels=len(state["output_adapter.linear.weight"]),
+        num_query_padding_channels=min(state[f"query_provider.padding.{name}"].shape[1] for name in num_channels))
+
+
 def core(state: dict[str, Tensor], published: dict, variant: str, num_blocks: int, num_heads: int,
-         num_decoder_heads: int, query_residual: bool) -> dict:
-    """Latents, encoder and decoder; `num_blocks` and `num_heads` are those of the official model."""
+         num_decoder_heads: int, query_residual: bool, num_self_heads: int = 8) -> dict:
+    """Latents, encoder and decoder; numbers of blocks and heads are those of the official model."""
     for key, value in (("model_type", "perceiver"), ("hidden_act", "gelu"), ("use_query_residual", True)):
         if published.get(key, value) != value:
             raise ValueError(f"config.json has {key}={published[key]!r}, known here is {value!r}")
@@ -224,16 +310,29 @@ def core(state: dict[str, Tensor], published: dict, variant: str, num_blocks: in
     num_latents, num_latent_channels = state["encoder.latents.weight"].shape
     encoder = PerceiverEncoderConfig(
         num_cross_attention_heads=published.get("num_cross_attention_heads", num_heads),
-        num_self_attention_heads=published.get("num_self_attention_heads", 8),
+        num_self_attention_heads=published.get("num_self_attention_heads", num_self_heads),
         num_self_attention_blocks=published.get("num_blocks", num_blocks),
         num_self_attention_layers_per_block=sum(
             re.fullmatch(r"encoder\.self_attention\.0\.\d+\.norm\.weight", key) is not None for key in state),
         activation=activation, **widths("encoder.cross_attention.0", "cross"),
         **widths("encoder.self_attention.0.0", "self"))
+    queries = next((state[key] for key in state if re.fullmatch(r"query_provider\..*table\.weight", key)), None)
     decoder = PerceiverDecoderConfig(
         num_cross_attention_heads=num_decoder_heads, cross_attention_residual=query_residual, activation=activation,
-        num_query_channels=state["query_provider.table.weight"].shape[1], **widths("decoder.cross_attention", "cross"))
+        num_query_channels=None if queries is None else queries.shape[1], **widths("decoder.cross_attention", "cross"))
     return dict(num_latents=num_latents, num_latent_channels=num_latent_channels, encoder=encoder, decoder=decoder)
+
+
+# Kind of model: what makes its config.
+CONFIGS = {
+    "masked_lm": masked_lm,
+    "image_learned": image_classifier,
+    "image_conv": image_classifier,
+    "image_fourier": image_classifier,
+    "flow": optical_flow,
+    "multimodal": multimodal,
+    "perceiver_ar": perceiver_ar,
+}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

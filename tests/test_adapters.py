@@ -6,11 +6,13 @@ import torch
 from torch import nn
 from transformers.models.perceiver import modeling_perceiver as port
 
-from perceiver.adapters import (FourierPositions, InputAdapter, LinearOutput, TiedTokenOutput, TrainablePositions,
-                                TrainableQueries, fourier_features, grid_positions, same_padding)
+from perceiver.adapters import (FourierPositions, FourierQueries, GridOutput, InputAdapter, LinearOutput, Patches,
+                                TiedTokenOutput, TrainablePositions, TrainableQueries, fourier_features, grid_positions,
+                                same_padding)
 from perceiver.architectures import ImageInputConfig, MaskedLMConfig, TokenInputConfig
 from perceiver.model import (PerceiverDecoder, PerceiverDecoderConfig, PerceiverEncoder, PerceiverEncoderConfig,
                              PerceiverIO)
+from perceiver.multimodal import MultimodalInput
 
 
 @pytest.mark.parametrize("grid, num_bands, max_resolution", [((7,), 5, None), ((6, 9), 4, None), ((6, 9), 4, (20, 31)),
@@ -82,6 +84,37 @@ def test_pixels_lie_with_their_positions():
     torch.testing.assert_close(x[:, 0], 5 * row + column)
 
 
+@pytest.mark.parametrize("time, space", [(1, 4), (2, 2)])
+def test_patches_equal_the_ports_space_to_depth(time, space):
+    video = torch.randn(2, 4, 3, 8, 12)
+    expected = port.space_to_depth(video, time, space)
+    assert torch.equal(Patches((time, space, space), channel_dim=2)(video), expected)
+    assert torch.equal(Patches((space, space))(video[:, 0].movedim(1, -1)), port.space_to_depth(video[:, 0], 1, space))
+    assert torch.equal(Patches((4,))(video[:, 0, 0]), video[:, 0, 0].reshape(2, 2, 48))  # a series is cut into pieces
+
+
+def test_fourier_queries_of_places():
+    """Coordinates that end before 1; the same for chosen places, also when every example chooses its own."""
+    queries, x = FourierQueries((2, 3, 4), 5, (7, 8, 9)), torch.zeros(2, 0, 1)
+    steps = torch.meshgrid(torch.tensor([-1, 0.0]), torch.tensor([-1, -1 / 3, 1 / 3]), torch.arange(-1, 1, 0.5),
+                           indexing="ij")
+    expected = fourier_features(torch.stack(steps, -1).view(24, 3), 5, (7, 8, 9))
+    torch.testing.assert_close(queries(x), expected.expand(2, -1, -1))
+    places = torch.tensor([[23, 0, 7], [7, 7, 1]])
+    torch.testing.assert_close(queries(x, places), expected[places])
+    torch.testing.assert_close(queries(x, places[0]), expected[places[0]].expand(2, -1, -1))
+
+
+def test_outputs_of_places_are_joined_and_split():
+    video, sound = GridOutput(5, 3, (2, 4, 6, 3), channel_dim=2), GridOutput(5, 8, (32, 1))
+    whole, series = torch.randn(2, 2, 3, 4, 6), torch.randn(2, 32, 1)
+    assert video.num_places == 48 and sound.num_places == 4
+    assert torch.equal(video.split(whole)[1, 24 + 6 + 5], whole[1, 1, :, 1, 5])  # row by row, frame by frame
+    assert torch.equal(video.join(video.split(whole)), whole)
+    assert torch.equal(sound.split(series)[1, 2], series[1, 16:24, 0])
+    assert torch.equal(sound.join(sound.split(series)), series)
+
+
 def test_tokens():
     adapter, ids = TokenInputConfig(10, 6, 4).build(0.02), torch.tensor([[1, 9, 3], [0, 0, 5]])
     torch.testing.assert_close(adapter(ids), adapter.features.weight[ids] + adapter.positions.table.weight[:3])
@@ -113,20 +146,6 @@ def test_config_errors_name_key_and_value(kwargs, message):
         ImageInputConfig(**kwargs)
 
 
-class Concatenated(nn.Module):
-    """Two modalities as one array of inputs, each filled up with channels of its own to the wider one's."""
-
-    def __init__(self, *adapters):
-        super().__init__()
-        self.adapters = nn.ModuleList(adapters)
-        self.num_channels = max(adapter.num_channels for adapter in adapters) + 1
-        self.fill = nn.ParameterList(torch.randn(self.num_channels - a.num_channels) * 0.02 for a in adapters)
-
-    def forward(self, inputs):
-        adapted = [adapter(x) for adapter, x in zip(self.adapters, inputs)]
-        return torch.cat([torch.cat((x, fill.expand(*x.shape[:2], -1)), -1) for x, fill in zip(adapted, self.fill)], 1)
-
-
 @pytest.fixture
 def one_thread():
     """Small models are several times slower with more."""
@@ -138,20 +157,22 @@ def one_thread():
 
 def test_a_new_modality_takes_three_adapters(one_thread):
     """The README's example: a time series of 3 variables continued, here one that follows from what came before, with
-    an image of its phase beside it in the second model."""
+    an image of its phase beside it in the second model, as another modality."""
     torch.manual_seed(0)
     series = InputAdapter(nn.Identity(), 3, FourierPositions((24,), 6))
     image = ImageInputConfig((4, 6, 1), num_frequency_bands=2).build(0.02)
     encoder = PerceiverEncoderConfig(1, num_self_attention_heads=2, num_self_attention_layers_per_block=2,
                                      init_scale=0.1)
-    for adapter in (series, Concatenated(series, image)):
+    for adapter in (series, MultimodalInput({"series": series, "image": image})):
         model = PerceiverIO(adapter, PerceiverEncoder(encoder, 8, 32, adapter.num_channels), TrainableQueries(4, 16),
                             PerceiverDecoder(PerceiverDecoderConfig(1, init_scale=0.1), 32, 16), LinearOutput(16, 3))
         optimizer, losses = torch.optim.Adam(model.parameters(), 3e-3), []
         for _ in range(100):
             phase = torch.rand(32, 1, 1) * 6.3
             waves = torch.sin(torch.arange(28)[:, None] * torch.tensor([0.3, 0.5, 0.7]) + phase)  # (32, 28, 3)
-            inputs = waves[:, :24] if adapter is series else (waves[:, :24], phase.sin().expand(-1, 4, 6)[:, None])
+            inputs = waves[:, :24]
+            if adapter is not series:
+                inputs = {"series": inputs, "image": phase.sin().expand(-1, 4, 6)[:, None]}
             loss = (model(inputs) - waves[:, 24:]).square().mean()
             optimizer.zero_grad(), loss.backward(), optimizer.step()
             losses.append(loss.item())

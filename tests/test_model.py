@@ -1,15 +1,14 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from conftest import GOLDEN
-from perceiver.model import Linear, PerceiverAR, PerceiverARConfig, attend, rotary_angles, rotate
+from perceiver.model import Linear, PerceiverAR, PerceiverARConfig, attend, rotary_angles, rotate, sinusoids
+from perceiver.pretrained import our_key
 
 SMALL = dict(vocab_size=19, max_seq_len=24, num_latents=8, num_channels=32, num_heads=4, num_self_attention_layers=2)
-# krasserm's names of what stands before and after the layers' own parts
-KRASSERM = [("module.attention.q_proj", "attention.q"), ("module.attention.k_proj", "attention.k"),
-            ("module.attention.v_proj", "attention.v"), ("module.attention.o_proj", "attention.out"),
-            ("module.q_norm", "q_norm"), ("module.kv_norm", "kv_norm"), ("module.norm", "norm")]
 
 
 def small_model(**options) -> PerceiverAR:
@@ -17,7 +16,7 @@ def small_model(**options) -> PerceiverAR:
     torch.manual_seed(0)
     model = PerceiverAR(PerceiverARConfig(**SMALL | {"init_scale": 0.3} | options)).double().eval()
     for parameter in model.parameters():
-        if parameter.ndim == 1:
+        if parameter.ndim == 1 or not parameter.any():
             torch.nn.init.normal_(parameter)
     return model
 
@@ -27,18 +26,9 @@ def tokens(*shape: int) -> torch.Tensor:
 
 
 def krasserm_weights(data) -> dict[str, torch.Tensor]:
-    weights = {}
-    for key in data.files:
-        if not key.startswith("param:"):
-            continue
-        name = key.removeprefix("param:")
-        for theirs, ours in KRASSERM:
-            name = name.replace("0." + theirs, ours)
-        name = name.replace("1.module.", "mlp.").replace("input_adapter.txt_embedding", "token_embedding")
-        name = name.replace("input_adapter.pos_embedding", "position_embedding").replace("out_norm", "output_norm")
-        name = name.replace("output_adapter.bias", "output_bias")
-        weights[name] = torch.from_numpy(data[key].astype(np.float32))
-    return weights
+    weights = {our_key("perceiver_ar", key.removeprefix("param:")): torch.from_numpy(data[key].astype(np.float32))
+               for key in data.files if key.startswith("param:")}
+    return {key: value for key, value in weights.items() if key}
 
 
 @pytest.mark.parametrize("file, options", [
@@ -53,6 +43,70 @@ def test_equals_krasserm(file, options):
     with torch.no_grad():
         assert np.abs(model(ids, 8).numpy() - data["logits"]).max() < 1e-4
         assert np.abs(model(ids[:, :13], 4).numpy() - data["logits_first13_prefix9"]).max() < 1e-4
+
+
+GOOGLE = dict(sinusoidal_positions=True, rotary=False, bias=True, activation="squared_relu", latent_projection=True,
+              output_norm=True, tied_output=False)
+# Google's names, first of modules and then of parameters; Haiku counts the modules of one kind
+HAIKU = [("perceiver_ar/~/", ""), ("perceiver_ar/", ""), ("embed:embeddings", "token_embedding.weight"),
+         ("embed_1:embeddings", "position_embedding.weight"), ("cross_attention/layer_norm_2", "cross_attention.mlp.0"),
+         ("self_attention_1/", "self_attention.1."), ("self_attention/", "self_attention.0."),
+         ("cross_attention/layer_norm_1", "cross_attention.kv_norm"),
+         ("cross_attention/layer_norm", "cross_attention.q_norm"), ("cross_attention/", "cross_attention."),
+         ("layer_norm_1", "mlp.0"), (".layer_norm", ".norm"), ("layer_norm", "output_norm"),
+         ("attention/linear_1", "attention.k"), ("attention/linear_2", "attention.v"),
+         ("attention/linear_3", "attention.out"), ("attention/linear", "attention.q"), ("dense/linear_1", "mlp.3"),
+         ("dense/linear", "mlp.1"), ("linear", "latent_projection"), ("logits:w", "output_weight"),
+         ("logits:b", "output_bias"), (":w", ".weight"), (":scale", ".weight"), (":b", ".bias"), (":offset", ".bias")]
+
+
+def google_weights(data) -> dict[str, torch.Tensor]:
+    weights = {}
+    for key in data.files:
+        if not key.startswith("param:"):
+            continue
+        name, values = key.removeprefix("param:"), data[key].astype(np.float32)
+        for theirs, ours in HAIKU:
+            name = name.replace(theirs, ours)
+        weights[name] = torch.from_numpy(values.T if key.endswith(":w") else values)
+    weights["position_embedding.weight"] = weights["position_embedding.weight"][1:]  # their first position is 1
+    return weights
+
+
+def test_equals_google():
+    """Rows of 24, 15 and 6 tokens, theirs padded on the right and ours on the left; the last with fewer than N.
+
+    The golden weights come with a table of positions, in the place of sinusoids, for which there is a test of their own.
+    """
+    data = np.load(GOLDEN / "perceiver-ar-google" / "absolute.npz")
+    model = PerceiverAR(PerceiverARConfig(**SMALL, **GOOGLE | dict(sinusoidal_positions=False))).eval()
+    model.load_state_dict(google_weights(data))
+    lengths = (data["ids"] > 0).sum(1)
+    ids = torch.stack([torch.from_numpy(row).long().roll(24 - n) for row, n in zip(data["ids"], lengths.tolist())])
+    with torch.no_grad():
+        logits = model(ids, 8, ids == 0).numpy()
+        alone = [model(row[None, -n:])[0].numpy() for row, n in zip(ids, lengths)]
+    valid = data["latent_positions"] >= 0
+    assert valid.sum(1).tolist() == [8, 8, 6]
+    assert np.abs(logits - data["logits"])[valid].max() < 1e-4
+    assert np.abs(np.concatenate(alone) - data["logits"][valid]).max() < 1e-4
+
+
+def test_sinusoids_are_exact_at_the_end_of_a_long_context():
+    """Against math.sin of Python floats."""
+    features = sinusoids(torch.tensor([[1, 77, 131_072]]), 64, torch.float32)
+    for row, position in zip(features[0].tolist(), (1, 77, 131_072)):
+        angles = [position * math.exp(-math.log(10_000) * i / 31) for i in range(32)]
+        assert row == pytest.approx([f(angle) for f in (math.sin, math.cos) for angle in angles], abs=1e-6)
+
+
+def test_sinusoidal_positions_are_not_in_the_weights_and_count_from_one():
+    """A table of them in the place of learned positions makes the same model."""
+    fixed, table = (small_model(**GOOGLE | dict(sinusoidal_positions=fixed)) for fixed in (True, False))
+    assert table.state_dict().keys() - fixed.state_dict().keys() == {"position_embedding.weight"}
+    positions = sinusoids(torch.arange(1, 25)[None], 32, torch.float64)[0]
+    table.load_state_dict(fixed.state_dict() | {"position_embedding.weight": positions})
+    assert (fixed(tokens(2, 20)) - table(tokens(2, 20))).abs().max() < 1e-12
 
 
 def test_recipe_has_the_published_size():
@@ -173,7 +227,8 @@ def test_impossible_shapes_are_errors(length, num_latents):
 
 @pytest.mark.parametrize("options", [dict(num_latents=25), dict(num_heads=5), dict(num_channels=12),
                                      dict(num_rotary_layers=3), dict(cross_attention_dropout=1.0),
-                                     dict(latent_keys="both"), dict(vocab_size=0)])
+                                     dict(latent_keys="both"), dict(vocab_size=0), dict(activation="relu"),
+                                     dict(sinusoidal_positions=True, absolute_positions=False), dict(z_loss=-1.0)])
 def test_impossible_configs_are_errors(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         PerceiverARConfig(**SMALL | options)

@@ -1,6 +1,7 @@
 """Published weights: against DeepMind's own outputs and the Hugging Face port; what can be wrong with files."""
 import http.server
 import json
+import os
 import shutil
 import sys
 import threading
@@ -13,11 +14,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from conftest import GOLDEN, run_script
 from perceiver import pretrained
 from perceiver.errors import UserError
-from perceiver.pretrained import from_pretrained, load_weights, read_pretrained
-
-GOLDEN = Path(__file__).parent / "golden"
+from perceiver.pretrained import from_pretrained, load_weights, perceiver_ar, read_config, read_pretrained
 
 SMALL = dict(num_latents=6, d_latents=32, num_self_attends_per_block=2, num_self_attention_heads=4)
 FULL = dict(num_latents=512, d_latents=1024, num_self_attends_per_block=6, num_self_attention_heads=8, num_blocks=8,
@@ -34,6 +34,31 @@ def masked_lm_port(**kwargs) -> nn.Module:
 def image_port(kind: str, **kwargs) -> nn.Module:
     port, d_model = IMAGES[kind]
     return randomize(port(transformers.PerceiverConfig(d_model=d_model, **kwargs)))
+
+
+def flow_port(**kwargs) -> nn.Module:
+    return randomize(transformers.PerceiverForOpticalFlow(transformers.PerceiverConfig(d_model=322, **kwargs)))
+
+
+def patches(frames: torch.Tensor) -> torch.Tensor:
+    """What the port wants: (B, 2, 3, H, W) -> (B, 2, 27, H, W), the 3x3 neighbours of each pixel, zeros outside."""
+    height, width = frames.shape[-2:]
+    padded = nn.functional.pad(frames, (1, 1, 1, 1))
+    return torch.cat([padded[..., row : row + height, column : column + width]
+                      for row in range(3) for column in range(3)], dim=2)
+
+
+def multimodal_port(**kwargs) -> nn.Module:
+    return randomize(transformers.PerceiverForMultimodalAutoencoding(transformers.PerceiverConfig(**kwargs)))
+
+
+def compare_subsets(port: nn.Module, model: nn.Module, inputs: dict, positions: dict):
+    """The port always computes all of the label, and joins the patches of sound."""
+    theirs = port(inputs, subsampled_output_points={"label": None} | positions).logits
+    ours = model(inputs, output_positions={"label": None} | positions)
+    assert_equal(ours["label"], theirs["label"])
+    assert_equal(ours["image"], theirs["image"])
+    assert_equal(ours["audio"].flatten(1), theirs["audio"])
 
 
 def randomize(model: nn.Module) -> nn.Module:
@@ -67,16 +92,25 @@ def assert_equal(ours: torch.Tensor, theirs: torch.Tensor):
 # DeepMind's outputs
 
 
-@pytest.mark.parametrize("folder", ["masked-lm", "image-fourier", "image-learned", "image-conv"])
+@pytest.mark.parametrize("folder", ["masked-lm", "image-fourier", "image-learned", "image-conv", "optical-flow"])
 @torch.inference_mode()
 def test_outputs_of_deepminds_code(folder):
     file, model = np.load(GOLDEN / folder / "io.npz"), from_pretrained(GOLDEN / folder)
     out = torch.from_numpy(file["out"])
     if folder != "masked-lm":
-        return assert_equal(model(torch.from_numpy(file["images"]).float()), out)
+        return assert_equal(model(torch.from_numpy(file["frames" if "frames" in file else "images"]).float()), out)
     ids, pad = torch.from_numpy(file["ids"]).long(), torch.from_numpy(file["pad"])
     assert_equal(model(ids, pad)[~pad], out[~pad])
     assert_equal(model(ids, pad, query_pad_mask=pad), out)
+
+
+@torch.inference_mode()
+def test_multimodal_outputs_of_deepminds_code():
+    file, model = np.load(GOLDEN / "multimodal" / "io.npz"), from_pretrained(GOLDEN / "multimodal")
+    inputs = {name: torch.from_numpy(file[name]).float() for name in ("image", "audio")}
+    outputs = model(inputs | {"label": torch.randn(1, 12)})  # masked: whatever it is
+    for name in ("image", "audio", "label"):
+        assert_equal(outputs[name], torch.from_numpy(file[f"out_{name}"]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -108,6 +142,22 @@ def test_image_classifiers_equal_the_port(tmp_path, kind, file):
         assert_equal(model(images), port(images).logits)
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@torch.inference_mode()
+def test_multimodal_equals_the_port(tmp_path, file):
+    port = multimodal_port(**SMALL, num_blocks=2, num_cross_attention_heads=1, num_labels=11, num_frames=3,
+                           image_size=2, audio_samples_per_frame=16, samples_per_patch=8, output_shape=[1, 3, 8, 8],
+                           d_model=397, output_num_channels=20, _label_trainable_num_channels=40)
+    model = from_pretrained(save(port, tmp_path, file), "transformers")
+    inputs = {"image": torch.rand(2, 3, 3, 8, 8), "audio": torch.randn(2, 48, 1), "label": torch.randn(2, 11)}
+    everything = {"image": torch.arange(192), "audio": torch.arange(6)}
+    compare_subsets(port, model, inputs, everything)
+    compare_subsets(port, model, inputs, {"image": torch.tensor([190, 3, 3, 77]), "audio": torch.tensor([4])})
+    subsets, whole = model(inputs, output_positions=everything), model(inputs)
+    torch.testing.assert_close(whole["audio"], subsets["audio"].view(2, 48, 1))
+    torch.testing.assert_close(whole["image"], subsets["image"].view(2, 3, 8, 8, 3).permute(0, 1, 4, 2, 3))
+
+
 @torch.inference_mode()
 def test_batchnorm_in_training_mode_updates_like_the_ports(tmp_path):
     port = image_port("image_conv", **SMALL, num_blocks=1, num_cross_attention_heads=1, num_labels=11, image_size=32,
@@ -118,6 +168,30 @@ def test_batchnorm_in_training_mode_updates_like_the_ports(tmp_path):
     theirs, ours = port.perceiver.input_preprocessor.convnet.batchnorm, model.input_adapter.features.norm
     for name, buffer in ours.named_buffers():
         torch.testing.assert_close(buffer, getattr(theirs, name))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@torch.inference_mode()
+def test_optical_flow_equals_the_port(tmp_path, file):
+    """But for the factor 20, without which the port gives it."""
+    port = flow_port(**SMALL, num_blocks=2, num_cross_attention_heads=2, train_size=[20, 28])
+    model, frames = from_pretrained(save(port, tmp_path, file), "transformers"), torch.rand(2, 2, 3, 20, 28) * 2 - 1
+    assert_equal(model(frames), 20 * port(patches(frames)).logits)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_optical_flow_of_the_official_size_equals_the_port(tmp_path):
+    """On small frames, which take a hundredth of the time; positions are of the official size."""
+    port = flow_port(num_latents=2048, d_latents=512, num_self_attends_per_block=24, num_self_attention_heads=16,
+                     num_blocks=1, num_cross_attention_heads=1, train_size=[368, 496])
+    folder, frames = save(port, tmp_path, "pytorch_model.bin"), torch.rand(1, 2, 3, 32, 48) * 2 - 1
+    (folder / "config.json").unlink()
+    port.perceiver.decoder.output_image_shape = (32, 48)
+    model = from_pretrained(folder, "transformers")
+    assert_equal(model(frames), 20 * port(patches(frames)).logits)
+    assert model.input_adapter.positions.grid == (368, 496)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 41_057_134
 
 
 @pytest.mark.slow
@@ -139,6 +213,73 @@ def test_official_sizes_equal_the_port(tmp_path, kind):
         count = sum(parameter.numel() for parameter in from_pretrained(folder, variant).parameters())
         assert count == {"masked_lm": 201_108_230, "image_fourier": 48_440_627, "image_learned": 62_255_848,
                          "image_conv": 48_646_522}[kind]
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_official_multimodal_size_equals_the_port(tmp_path):
+    port = multimodal_port(num_latents=784, d_latents=512, d_model=704, num_blocks=1, num_self_attends_per_block=8,
+                           num_self_attention_heads=8, num_cross_attention_heads=1, num_labels=700)
+    folder = save(port, tmp_path, "pytorch_model.bin")
+    (folder / "config.json").unlink()
+    model = from_pretrained(folder, "transformers")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 19_858_855
+    inputs = {"image": torch.rand(1, 16, 3, 224, 224), "audio": torch.randn(1, 30720, 1), "label": torch.zeros(1, 700)}
+    compare_subsets(port, model, inputs, {"image": torch.randint(16 * 224 * 224, (500,)),
+                                          "audio": torch.arange(0, 1920, 13)})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# krasserm's Perceiver AR
+
+PEER = os.environ.get("KRASSERM")  # where krasserm's package is, as golden/krasserm/peer.py says
+# Of the published models' config.json
+CLM_BASE = dict(vocab_size=32_000, max_seq_len=1024, max_latents=512, num_channels=1280, num_heads=10,
+                num_self_attention_layers=20, output_norm=True, output_bias=False, abs_pos_emb=False)
+GIANT_MIDI = CLM_BASE | dict(vocab_size=389, max_seq_len=6144, max_latents=2048, num_channels=768, num_heads=8,
+                             num_self_attention_layers=18)
+
+
+@torch.inference_mode()
+def assert_equal_to_the_peer(folder: Path):
+    file, model = np.load(folder / "io.npz"), from_pretrained(folder)
+    ids, pad, logits = (torch.from_numpy(file[name]) for name in ("ids", "pad", "logits"))
+    num_latents = logits.shape[1]
+    assert pad.sum(1).tolist() == [0, (ids.shape[1] - num_latents) // 3, ids.shape[1] - num_latents]
+    for ours, theirs in ((model(ids, num_latents, pad), logits), (model(ids[:1], num_latents), logits[:1]),
+                         (model(ids[:, -5:], 3), torch.from_numpy(file["short"]))):
+        assert theirs.std() > 0.05
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_outputs_of_krasserms_code(tmp_path, file):
+    folder = shutil.copytree(GOLDEN / "krasserm" / "hf-clm", tmp_path / "model")
+    if file == "pytorch_model.bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / file)
+        (folder / "model.safetensors").unlink()
+    assert_equal_to_the_peer(folder)
+
+
+@pytest.mark.skipif(PEER is None, reason="KRASSERM names no folder with krasserm's package")
+@pytest.mark.parametrize("config", [dict(abs_pos_emb=False, output_bias=False, num_self_attention_rotary_layers=-1),
+                                    dict(output_norm=False, num_heads=4)])
+def test_krasserms_code_itself(tmp_path, config):
+    script = GOLDEN / "krasserm" / "peer.py"
+    result = run_script(script, PEER, tmp_path, json.dumps(CLM_BASE | dict(
+        vocab_size=31, max_seq_len=48, max_latents=16, num_channels=64, num_heads=2, num_self_attention_layers=4,
+        output_bias=True, abs_pos_emb=True) | config))
+    assert result.returncode == 0, result.stderr
+    assert_equal_to_the_peer(tmp_path)
+
+
+@pytest.mark.parametrize("fields, count", [(CLM_BASE, 453_950_720), (GIANT_MIDI, 134_840_832)])
+def test_krasserms_models_have_the_published_sizes(fields, count):
+    published = read_config(GOLDEN / "krasserm" / "hf-clm" / "config.json")["model_config"]
+    with torch.device("meta"):
+        fields = published | {"num_self_attention_rotary_layers": 1} | fields
+        model = perceiver_ar({}, {"model_config": fields}, "deepmind").build()
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -173,6 +314,22 @@ def test_published_logits_of_the_image_classifiers(tmp_path, name, expected):
     pixels = transformers.PerceiverImageProcessor()(image, return_tensors="pt").pixel_values
     logits = from_pretrained(f"deepmind/vision-perceiver-{name}", "transformers")(pixels)
     torch.testing.assert_close(logits[0, :3], torch.tensor(expected), atol=1e-2, rtol=0)
+
+
+@pytest.mark.network
+@torch.inference_mode()
+def test_published_flow(tmp_path):
+    """transformers' test of PerceiverForOpticalFlow: a frame of Sintel twice."""
+    from PIL import Image
+    from torchvision.transforms.v2.functional import pil_to_tensor
+    url = "https://storage.googleapis.com/perceiver_io/sintel_frame1.png"
+    torch.hub.download_url_to_file(url, str(tmp_path / "frame.png"))
+    frame = pil_to_tensor(Image.open(tmp_path / "frame.png").convert("RGB").resize((496, 368))) / 127.5 - 1
+    flow = from_pretrained("deepmind/optical-flow-perceiver", "transformers")(frame.expand(1, 2, -1, -1, -1)) / 20
+    expected = torch.tensor([[[0.0025, -0.0050], [0.0025, -0.0049], [0.0025, -0.0048]],
+                             [[0.0026, -0.0049], [0.0026, -0.0048], [0.0026, -0.0047]],
+                             [[0.0026, -0.0049], [0.0026, -0.0048], [0.0026, -0.0046]]])
+    torch.testing.assert_close(flow[0, :3, :3], expected, atol=1e-4, rtol=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -224,6 +381,24 @@ def test_weights_for_a_model_with_other_classes(folder):
     (dict(model_type="bert"), "model_type='bert'"), (dict(use_query_residual=False), "use_query_residual=False")])
 def test_config_that_does_not_fit(folder, fields, message):
     change_config(folder, **fields)
+    assert message in error_of(folder)
+
+
+@pytest.mark.parametrize("fields, message", [
+    (dict(), "model_config of config.json lacks self_attention_widening_factor"),
+    (dict(model_config={}), "model_config of config.json lacks self_attention_widening_factor"),
+    (dict(cross_attention_widening_factor=2), "cross_attention_widening_factor=2"),
+    (dict(num_channels=8), "of another shape"), (dict(num_self_attention_layers=2), "not used: self_attention.2."),
+    (dict(abs_pos_emb=False), "1 not used: position_embedding.weight"),
+    (dict(num_heads=3), "num_channels=16 is not divisible by num_heads=3")])
+def test_config_of_krasserms_that_does_not_fit(tmp_path, fields, message):
+    folder = shutil.copytree(GOLDEN / "krasserm" / "hf-clm", tmp_path / "model")
+    if not fields:
+        (folder / "config.json").unlink()
+    elif "model_config" in fields:
+        change_config(folder, **fields)
+    else:
+        change_config(folder, model_config=read_config(folder / "config.json")["model_config"] | fields)
     assert message in error_of(folder)
 
 

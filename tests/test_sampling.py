@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from perceiver.sampling import Decoder, choose, generate, split
-from test_model import small_model, tokens
+from test_model import GOOGLE, small_model, tokens
 
 T, N = 24, 8
 
@@ -28,6 +28,7 @@ def test_split_keeps_its_promises(stride):
 @pytest.mark.parametrize("options", [
     dict(), dict(latent_keys="q_norm"), dict(absolute_positions=False, num_rotary_layers=-1, output_norm=True),
     dict(absolute_positions=False, latent_keys="q_norm", num_self_attention_layers=0, num_rotary_layers=0),
+    GOOGLE,
 ])
 @pytest.mark.parametrize("stride", [1, 3, 4, 8])
 @pytest.mark.parametrize("lengths", [[5], [30], [1, 7, 24, 40]])

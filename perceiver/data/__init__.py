@@ -5,6 +5,7 @@ and the number of ranks, workers and micro-batches changes nothing.
 """
 from perceiver.data.batches import LoaderConfig, Shuffled, TrainKeys, collate_padded, eval_loader, train_loader
 from perceiver.data.image import ImageDataConfig, Images, image_transform, load_images, read_image
+from perceiver.data.music import MusicDataConfig, MusicWindows, Note
 from perceiver.data.text import (IGNORE, ByteTokenizer, IdTokenizer, LabelledText, MaskedBlocks, MaskedTextDataConfig,
                                  MaskedWindows, TextBlocks, TextClassificationDataConfig, TextDataConfig, TextWindows,
                                  Tokens, encode_text, load_labelled_text, load_text)

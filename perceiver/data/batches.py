@@ -85,7 +85,13 @@ def own_process_group(worker: int) -> None:
 
 
 def collate_padded(examples: list[dict]) -> dict[str, torch.Tensor]:
-    """A batch without `pad_mask` where nothing is padded: attention is faster without a mask."""
+    """A batch without `pad_mask` where nothing is padded: attention is faster without a mask. Examples whose input_ids
+    differ in length get padding on the left, up to the longest of them."""
+    lengths = [len(example.get("input_ids", ())) for example in examples]
+    if (longest := max(lengths)) > min(lengths):
+        examples = [example | {"input_ids": np.pad(example["input_ids"], (longest - length, 0)),
+                               "pad_mask": np.arange(longest) < longest - length}
+                    for example, length in zip(examples, lengths)]
     batch = default_collate(examples)
     if "pad_mask" in batch and not batch["pad_mask"].any():
         del batch["pad_mask"]

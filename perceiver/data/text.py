@@ -233,9 +233,9 @@ def hold_out(files: list[Path], val_fraction: float) -> tuple[list[Path], list[P
     return [file for n, file in enumerate(files) if n % every != every // 2], files[every // 2 :: every]
 
 
-def fetch(name: str, cache_dir: Path) -> Path:
+def fetch(name: str, cache_dir: Path, downloads: dict[str, tuple] = DOWNLOADS) -> Path:
     """A dataset in `cache_dir`, unpacked from its archive there or downloaded first; or UserError."""
-    url, checksum, unpacked = DOWNLOADS[name]
+    url, checksum, unpacked = downloads[name]
     target, archive = cache_dir / unpacked, cache_dir / url.rpartition("/")[2]
     if target.exists():
         return target
@@ -279,29 +279,33 @@ class TextWindows(Dataset):
 
     def __init__(self, tokens: Tokens, max_seq_len: int, num_latents: int, num_kept: int, seed: int):
         if len(tokens) < max_seq_len + 1:
-            raise UserError(f"the training text has {len(tokens)} tokens, fewer than model.max_seq_len + 1 = "
-                            f"{max_seq_len + 1}; lower model.max_seq_len or give more text")
+            raise UserError(f"the training data has {len(tokens)} tokens, fewer than model.max_seq_len + 1 = "
+                            f"{max_seq_len + 1}; lower model.max_seq_len or give more data")
         self.tokens, self.max_seq_len, self.num_latents = tokens, max_seq_len, num_latents
         self.num_kept, self.seed = num_kept, seed
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
-        """input_ids (T,), labels (N,) of the last N of them, prefix_keep (P',)"""
+        """What `draw` returns, and prefix_keep (P',)"""
         rng = np.random.default_rng((self.seed, *key))
-        start = rng.integers(len(self.tokens) - self.max_seq_len)
-        window = self.tokens[start : start + self.max_seq_len + 1]
-        example = {"input_ids": window[:-1], "labels": window[-self.num_latents :]}
+        example = self.draw(rng)
         prefix_length = self.max_seq_len - self.num_latents
         if self.num_kept < prefix_length:
             example["prefix_keep"] = np.sort(rng.permutation(prefix_length)[: self.num_kept])
         return example
+
+    def draw(self, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """input_ids (T,), labels (N,) of the last N of them"""
+        start = rng.integers(len(self.tokens) - self.max_seq_len)
+        window = self.tokens[start : start + self.max_seq_len + 1]
+        return {"input_ids": window[:-1], "labels": window[-self.num_latents :]}
 
 
 class TextBlocks(Dataset):
     """A whole corpus for evaluation: every token but the first is predicted once, N at a time, each with all of its
     context that fits."""
 
-    def __init__(self, tokens: Tokens, max_seq_len: int, num_latents: int):
-        self.tokens, self.max_seq_len, self.num_latents = tokens, max_seq_len, num_latents
+    def __init__(self, tokens: Tokens, max_seq_len: int, num_latents: int, pad: int = ByteTokenizer.PAD):
+        self.tokens, self.max_seq_len, self.num_latents, self.pad = tokens, max_seq_len, num_latents, pad
 
     def __len__(self) -> int:
         return -(-(len(self.tokens) - 1) // self.num_latents)
@@ -311,10 +315,16 @@ class TextBlocks(Dataset):
         first = 1 + index * self.num_latents  # the first token to predict
         end = min(first + self.num_latents, len(self.tokens))
         window = self.tokens[max(0, end - 1 - self.max_seq_len) : end]
-        padding = self.max_seq_len + 1 - len(window)
-        labels = np.pad(self.tokens[first:end], (self.num_latents - (end - first), 0), constant_values=IGNORE)
-        return {"input_ids": np.pad(window[:-1], (padding, 0)), "labels": labels,
-                "pad_mask": np.arange(self.max_seq_len) < padding}
+        return left_padded(window, end - first, self.max_seq_len, self.num_latents, self.pad)
+
+
+def left_padded(window: np.ndarray, num_predicted: int, max_seq_len: int, num_latents: int,
+                pad: int) -> dict[str, np.ndarray]:
+    """input_ids (T,), labels (N,), pad_mask (T,) of up to T + 1 tokens, of which the last ones are predicted"""
+    padding = max_seq_len + 1 - len(window)
+    labels = np.pad(window[len(window) - num_predicted :], (num_latents - num_predicted, 0), constant_values=IGNORE)
+    return {"input_ids": np.pad(window[:-1], (padding, 0), constant_values=pad), "labels": labels,
+            "pad_mask": np.arange(max_seq_len) < padding}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

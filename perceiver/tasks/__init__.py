@@ -8,14 +8,18 @@ from perceiver import checkpoint
 from perceiver.config import from_dict
 from perceiver.pretrained import load_weights
 from perceiver.tasks.base import Autoregression, Classification, Task
+from perceiver.tasks.copy import Copy
 from perceiver.tasks.image import ImageClassification
 from perceiver.tasks.language import CausalLM, MaskedLM, TextClassification
+from perceiver.tasks.music import SymbolicMusic
 
 TASKS = {
     "causal_lm": CausalLM,
     "masked_lm": MaskedLM,
     "text_classification": TextClassification,
     "image_classification": ImageClassification,
+    "copy": Copy,
+    "symbolic_music": SymbolicMusic,
 }
 
 

@@ -7,13 +7,14 @@ nor uneven batches change a result.
 import math
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from perceiver.config import Config
-from perceiver.data import IGNORE, Shuffled
+from perceiver.data import IGNORE, Shuffled, Tokens
 from perceiver.errors import UserError
 from perceiver.model import PerceiverARConfig
 from perceiver.pretrained import start_from
@@ -70,11 +71,20 @@ class Autoregression(Task):
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         labels = batch["labels"]  # (B, N)
         logits = model(batch["input_ids"], labels.shape[1], batch.get("pad_mask"), batch.get("prefix_keep"))
-        return token_sums(logits, labels)
+        sums = self.sums(logits, batch)
+        if model.training and (weight := self.config.model.z_loss):
+            log_z = logits.float().logsumexp(-1)[labels != IGNORE]
+            sums["loss"] = sums["loss"] + weight * log_z.square().sum()
+        return sums
+
+    def sums(self, logits: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As of `loss`, without z-loss."""
+        sums = token_sums(logits, batch["labels"])
+        return sums | {"cross_entropy": sums["loss"]}
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        loss = sums["loss"] / sums["count"]
-        return {"loss": loss, f"bits_per_{self.unit}": loss / math.log(2)}
+        bits = sums["cross_entropy"] / sums["count"] / math.log(2)
+        return {"loss": sums["loss"] / sums["count"], f"bits_per_{self.unit}": bits}
 
 
 class Classification(Task):
@@ -101,3 +111,11 @@ def token_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Of logits (B, L, V) and labels (B, L), where those are not IGNORE."""
     loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
     return {"loss": loss, "count": (labels != IGNORE).sum()}
+
+
+def bits_by_frequency(train: Tokens, val_set: Dataset) -> float:
+    """The yardstick of a prediction: bits of a label of `val_set` by how frequent it is in the training data."""
+    labels = np.concatenate([val_set[index]["labels"] for index in range(len(val_set))])
+    labels = labels[labels != IGNORE] - train.offset
+    counts = np.bincount(train.values, minlength=labels.max() + 1) + 1  # one more of each: none is impossible
+    return -np.log2(counts / counts.sum())[labels].mean()

@@ -3,7 +3,6 @@ import gzip
 import lzma
 import math
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -15,7 +14,7 @@ from perceiver.data import (IGNORE, ByteTokenizer, IdTokenizer, MaskedBlocks, Ma
                             TextBlocks, TextClassificationDataConfig, TextDataConfig, TextWindows, load_labelled_text,
                             load_text)
 from perceiver.errors import UserError
-from perceiver.tasks.base import Autoregression, Classification, Task, token_sums
+from perceiver.tasks.base import Autoregression, Classification, Task, bits_by_frequency, token_sums
 
 
 class CausalLM(Autoregression):
@@ -100,10 +99,7 @@ class MaskedLM(Task):
 
     def summary(self, metrics: dict[str, float]) -> str:
         """Beside the best that can be done without looking at the text around a byte."""
-        counts = np.bincount(self.train_tokens.values, minlength=256) + 1  # one more of each: none is impossible
-        bits = -np.log2(counts / counts.sum())
-        labels = np.concatenate([self.val_set[index]["labels"] for index in range(len(self.val_set))])
-        frequency_bits = bits[labels[labels != IGNORE] - ByteTokenizer.OFFSET].mean()
+        frequency_bits = bits_by_frequency(self.train_tokens, self.val_set)
         return (f"validation: {metrics['bits_per_byte']:.3f} bits per masked byte, {metrics['accuracy']:.1%} of them "
                 f"right; by the frequencies of bytes it would be {frequency_bits:.3f} bits")
 
