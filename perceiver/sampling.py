@@ -29,6 +29,7 @@ def decode_step(model: PerceiverAR, cache: KVCache, tokens: Tensor) -> Tensor:
 def compiled_step(device: torch.device):
     """`decode_step` by torch.compile: on CUDA one graph of kernels; on the CPU a few C++ loops, which takes a compiler
     and some 20 seconds when the first token is decoded."""
+    torch._dynamo.config.recompile_limit = 64  # a graph for every number of keys read, batch size and kind of model
     if device.type == "cuda":
         return torch.compile(decode_step, fullgraph=True, dynamic=False, mode="reduce-overhead")
     # The option keeps what is before a product out of its loop, to be computed once and not for every row of weights.
@@ -47,12 +48,15 @@ class Decoder:
         """`stride` (1 .. N, default N / 2 as in Google's sampler) is the number of tokens between two re-encodings.
         `compile` is for the steps with a cache; see `compiled_step`.
 
-        Raises ValueError for an empty prompt, a token outside the vocabulary or a stride outside 1 .. N.
+        Raises ValueError for an empty prompt, a token outside the vocabulary, a stride outside 1 .. N or `compile`
+        without a cache.
         """
         c, device = model.config, model.token_embedding.weight.device
         self.model, self.stride = model, max(1, c.num_latents // 2) if stride is None else stride
         if not 1 <= self.stride <= c.num_latents:
             raise ValueError(f"stride={stride} must be between 1 and num_latents={c.num_latents}")
+        if compile and not kv_cache:
+            raise ValueError("only decoding with a key/value cache can be compiled")
         if not prompts or not all(prompts):
             raise ValueError("a prompt needs at least one token")
         if not all(0 <= token < c.vocab_size for prompt in prompts for token in prompt):
