@@ -9,23 +9,27 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import flow_to_image
 from tqdm import tqdm
 
 from perceiver import pictures
-from perceiver.architectures import MaskedLMConfig, MultimodalAutoencoderConfig
+from perceiver.architectures import MaskedLMConfig, MultimodalAutoencoderConfig, OpticalFlowConfig
 from perceiver.config import Config
-from perceiver.data import (ByteTokenizer, ImageDataConfig, MaskedTextDataConfig, VideoDataConfig, image_transform,
-                            read_image, read_video, write_sound, write_video)
+from perceiver.data import (ByteTokenizer, FlowDataConfig, ImageDataConfig, MaskedTextDataConfig, VideoDataConfig,
+                            image_transform, read_frames, read_image, read_video, write_flo, write_sound, write_video)
+from perceiver.data.video import SUFFIXES, video_frames
 from perceiver.distributed import init_ranks
 from perceiver.errors import UserError, run_script
+from perceiver.flow import compute_flow
 from perceiver.pretrained import VARIANTS, load_weights, published_class_names, read_pretrained
-from perceiver.tasks import (ImageClassification, MaskedLM, MultimodalAutoencoding, Task,
+from perceiver.tasks import (Classification, ImageClassification, MaskedLM, MultimodalAutoencoding, OpticalFlow, Task,
                              TextClassification, load_checkpoint)
 
 MASK = b"[MASK]"
@@ -41,6 +45,8 @@ masked language models
 
 text classifiers    INPUT is a text file, the model sees its beginning
 image classifiers   INPUT is an image file
+optical flow        INPUTs are two or more images, in their order, or a folder of images, or a video file. Written are
+                    pictures of how each moves to the next and, of two or more images, .flo files
 video autoencoders  INPUT is a video file, the model sees and hears its beginning. Printed are classes; written are a
                     video and a picture of the original beside what the model makes of it, and the sound it makes
 """
@@ -121,6 +127,38 @@ def classify_images(task: ImageClassification, model: nn.Module, args: argparse.
             save(task.attention(model, image, args.latents), name, args)
 
 
+def find_flow(task: OpticalFlow, model: nn.Module, args: argparse.Namespace) -> None:
+    """Pictures of the flow from each frame to the next, and .flo files if the frames were named one by one."""
+    if args.attention:
+        raise UserError("--attention is for texts and images; there is no picture of it over two frames")
+    for name, frames in frame_pairs(args.inputs):
+        flow = compute_flow(model, frames.to(args.device), task.config.model.input.frame_shape).cpu()  # (H, W, 2)
+        with output(args, f"{name}-flow.png") as path:
+            to_pil_image(flow_to_image(flow.movedim(-1, 0))).save(path)
+        if len(args.inputs) > 1:
+            with output(args, f"{name}-flow.flo") as path:
+                write_flo(path, flow)
+
+
+def frame_pairs(inputs: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """A name, and a frame with the next one, (2, 3, H, W) in [-1, 1], of image files, a folder of them, or a video."""
+    source = Path(inputs[0])
+    if len(inputs) == 1 and source.suffix.lower() in SUFFIXES:
+        number = 0
+        for number, pair in enumerate(pairwise(tqdm(video_frames(source), unit=" frames")), 1):
+            yield f"{source.stem}-{number:05}", torch.stack(pair) / 127.5 - 1
+        if number == 0:
+            raise UserError(f"{source} has a single frame; optical flow is between two")
+        return
+    if len(inputs) == 1 and source.is_dir():
+        inputs = sorted(str(file) for file in source.iterdir() if file.suffix.lower() in Image.registered_extensions())
+    if len(inputs) < 2:
+        raise UserError(f"optical flow is between two images of one size, or more; {source} "
+                        f"{f'holds {len(inputs)}' if source.is_dir() else 'is one'}")
+    for (file, name), following in zip(progress(inputs[:-1]), inputs[1:]):
+        yield name, read_frames([file, following])
+
+
 def reconstruct_videos(task: MultimodalAutoencoding, model: nn.Module, args: argparse.Namespace) -> None:
     """Classes, and the clip beside what the model makes of it: a video, a picture of some frames, the sound."""
     rate, sample_rate = task.shape.frame_rate, task.shape.sample_rate
@@ -143,7 +181,7 @@ def reconstruct_videos(task: MultimodalAutoencoding, model: nn.Module, args: arg
 
 
 PREDICTORS = {MaskedLM: fill_masks, TextClassification: classify_texts, ImageClassification: classify_images,
-              MultimodalAutoencoding: reconstruct_videos}
+              OpticalFlow: find_flow, MultimodalAutoencoding: reconstruct_videos}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,6 +197,8 @@ def load(source: str, variant: str, device: torch.device) -> tuple[Task, nn.Modu
     load_weights(model, state, source)
     if isinstance(config, MaskedLMConfig):
         task = MaskedLM(Config("masked_lm", config, MaskedTextDataConfig()))
+    elif isinstance(config, OpticalFlowConfig):
+        task = OpticalFlow(Config("optical_flow", config, FlowDataConfig()))
     elif isinstance(config, MultimodalAutoencoderConfig):
         task = MultimodalAutoencoding(Config("multimodal_autoencoding", config, VideoDataConfig()))
         task.class_names = published_class_names(source, config.input.num_classes)

@@ -76,7 +76,8 @@ class TextDataConfig(LoaderConfig):
     bin_dtype: str = "uint16"  # of the ids in a .bin file: uint8 or uint16
     cache_dir: str = "data"  # where a dataset is looked for, and downloaded to if it is not there
     val_fraction: float = 0.05  # share held out for validation: files of a folder, or the end of a file
-    max_val_tokens: int = 1_000_000  # validation uses this many at most, from the first
+    max_val_tokens: int = 1_000_000  # validation uses this many at most, from the first; of a text, bytes
+    tokenizer: str | None = None  # a tokenizer.json, for causal_lm; null: bytes
     holds_ids: bool | None = None  # whether the data is token ids, not text; null: as the ending of the file says
 
     def __post_init__(self):
@@ -340,6 +341,7 @@ class MaskedTextDataConfig(TextDataConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        require(self.tokenizer is None, f"tokenizer={self.tokenizer} is for causal_lm; words are masked byte by byte")
         require(0 < self.mask_prob <= 1, f"mask_prob={self.mask_prob} must be in (0, 1]")
         require(self.unmasked_weight >= 0, f"unmasked_weight={self.unmasked_weight} must not be negative")
 

@@ -38,6 +38,14 @@ class Task(ABC):
         if getattr(self.config.model, "init_from", None) is not None:
             start_from(model, self.config.model.init_from, self.config)
 
+    def state(self) -> dict:
+        """What a checkpoint keeps beside the config, because the data told it."""
+        return {"class_names": self.class_names}
+
+    def restore(self, saved: dict) -> None:
+        """Takes the `state` in a checkpoint."""
+        self.class_names = saved.get("class_names")
+
     @abstractmethod
     def load_data(self) -> tuple[Dataset, Dataset]:
         """The training set, by key (step, index in the global batch), and the validation set."""
