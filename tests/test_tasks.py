@@ -12,6 +12,7 @@ from digits import write_digits
 from perceiver import checkpoint
 from perceiver.config import load_config
 from perceiver.distributed import floats
+from perceiver.speed import training_flops
 from perceiver.tasks import TASKS
 
 SIZES = {
@@ -185,6 +186,7 @@ def test_losses_of_videos_by_hand(image_loss):
     model, (train_set, val_set) = task.build_model(), task.load_data()
     batch = default_collate([train_set[0, index] for index in range(3)])
     data, positions = config.data, batch["image_positions"]
+    assert training_flops(task, batch) > 1e6  # on tensors without data
     for training in (True, False):
         sums = floats(task.loss(model.train(training), batch))
         mask = batch["label_mask"] if training else torch.ones(3, 1, dtype=torch.bool)
