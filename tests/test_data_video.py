@@ -185,7 +185,7 @@ def test_silent_videos(tmp_path):
     (dict(dataset="kinetics"), "dataset='kinetics' must be generated; your own videos go in data.path"),
     (dict(label_mask_prob=1.5), "label_mask_prob=1.5 must be in"),
     (dict(num_chunks=0), "num_chunks=0 must be at least 1"), (dict(val_fraction=0), "val_fraction=0 must be in"),
-    (dict(image_loss="mse"), "image_loss='mse' must be l1 or l2"),
+    (dict(distance="mse"), "distance='mse' must be l1 or l2"),
     (dict(image_weight=-1), "image_weight=-1 must not be negative")])
 def test_config_errors_name_key_and_value(kwargs, message):
     with pytest.raises(ValueError, match=message):

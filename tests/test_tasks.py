@@ -177,10 +177,10 @@ def test_ranks_change_nothing_in_videos(tmp_path):
             assert [line.get(name) for line in one] == pytest.approx([line.get(name) for line in two], abs=1e-3)
 
 
-@pytest.mark.parametrize("image_loss", ["l1", "l2"])
-def test_losses_of_videos_by_hand(image_loss):
+@pytest.mark.parametrize("distance", ["l1", "l2"])
+def test_losses_of_videos_by_hand(distance):
     """All outputs at once in evaluation; in training those that are asked for."""
-    config = load_config(ROOT / "configs/autoencode.yaml", [*SMALL_CLIPS, f"data.image_loss={image_loss}"], TASKS)
+    config = load_config(ROOT / "configs/autoencode.yaml", [*SMALL_CLIPS, f"data.distance={distance}"], TASKS)
     torch.manual_seed(0)
     task = TASKS[config.task](config)
     model, (train_set, val_set) = task.build_model(), task.load_data()
@@ -198,8 +198,8 @@ def test_losses_of_videos_by_hand(image_loss):
             difference["image"] = torch.stack([pixels[b, positions[b]] for b in range(3)])
             patches = difference["audio"].reshape(3, -1, 16)
             difference["audio"] = torch.stack([patches[b, batch["audio_positions"][b]] for b in range(3)])
-        distance = difference["image"].abs() if image_loss == "l1" else difference["image"].square()
-        expected = (data.image_weight * distance.mean() + data.audio_weight * difference["audio"].abs().mean()
+        means = {name: values.abs().pow(1 if distance == "l1" else 2).mean() for name, values in difference.items()}
+        expected = (data.image_weight * means["image"] + data.audio_weight * means["audio"]
                     + data.label_weight * torch.nn.functional.cross_entropy(out["label"], batch["label"]))
         metrics = task.metrics(sums)
         assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-4)
