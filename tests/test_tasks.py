@@ -149,13 +149,13 @@ def test_mistakes_are_one_line_and_exit_code_2(digits, mlm, tmp_path, config, ar
 
 SMALL_CLIPS = ["model.input.image_shape=[4,16,16,3]", "model.input.max_resolution=[4,4,4]", "data.num_val_clips=8",
                "model.input.num_audio_samples=256", "data.sample_rate=512", "data.num_chunks=3", "model.num_latents=32",
-               "model.num_latent_channels=64", "data.num_image_queries=128", "data.num_audio_queries=8"]
+               "data.num_audio_queries=8"]
 
 
 def test_videos_are_learned(tmp_path):
     """Better than the mean frame by far: more than the colours of shape and ground is known after a few steps."""
-    result = train("autoencode", tmp_path / "run", *SMALL_CLIPS, "data.batch_size=16", "train.max_steps=300",
-                   "train.eval_every=300", "optim.warmup_steps=50")
+    result = train("autoencode", tmp_path / "run", *SMALL_CLIPS, "data.audio_weight=0.1", "train.max_steps=350",
+                   "train.eval_every=350", "optim.schedule=constant")
     found = re.search(r"PSNR ([\d.]+) dB; .* it would be ([\d.]+) dB, .* own frames ([\d.]+) dB", result.stdout)
     assert float(found[1]) > float(found[2]) + 3, found[0]
     assert float(found[1]) == pytest.approx(read_metrics(tmp_path / "run", "val")[-1]["psnr"], abs=0.01)
