@@ -20,7 +20,7 @@ from perceiver.data import music
 from perceiver.distributed import init_ranks
 from perceiver.errors import UserError, run_script
 from perceiver.model import PerceiverAR
-from perceiver.sampling import generate
+from perceiver.sampling import generate, quantize
 from perceiver.tasks import CausalLM, Copy, SymbolicMusic, load_checkpoint
 
 
@@ -40,7 +40,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", help="file to write; default: continuation.mid; several samples are numbered")
     parser.add_argument("--piano-roll", metavar="PNG", help="music: file for a picture, with what is new in red")
     parser.add_argument("--no-kv-cache", action="store_true", help="evaluate the whole model for every token")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and caches; bfloat16 is for GPUs")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "int8"),
+                        help="of weights; bfloat16, also of caches: for GPUs; int8: with --compile, for one sample")
     parser.add_argument("--compile", action="store_true", help="decode by torch.compile: some 20 s at first, then faster")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args()
@@ -136,7 +137,11 @@ def main(args: argparse.Namespace) -> None:
                         "Perceiver AR")
     if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--compile needs a C++ compiler: install g++, or name one by the environment variable CXX")
-    if args.dtype is not None:
+    if args.dtype == "int8":
+        if not args.compile:
+            raise UserError("--dtype int8 is slower than float32 without --compile")
+        quantize(model)
+    else:
         model.to(getattr(torch, args.dtype))
     GENERATORS[type(task)](task, model, args)
 
