@@ -50,7 +50,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--no-kv-cache", action="store_true", help="evaluate the whole model for every token")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "int8"),
                         help="of weights; bfloat16, also of caches: for GPUs; int8: with --compile, for one sample")
-    parser.add_argument("--compile", action="store_true", help="decode by torch.compile: some 20 s at first, then faster")
+    parser.add_argument("--compile", action="store_true", help="decode by torch.compile: 20 s at first, then faster")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args()
 

@@ -63,7 +63,7 @@ def decode_step(model: PerceiverAR, cache: KVCache, tokens: Tensor) -> Tensor:
 
 def compiled_step(device: torch.device):
     """`decode_step` by torch.compile: on CUDA one graph of kernels; on the CPU a few C++ loops, which takes a compiler
-    and some 20 seconds when the first token is decoded."""
+    and some 20 seconds when the first token is decoded. (CUDA: not measured yet.)"""
     torch._dynamo.config.recompile_limit = 64  # a graph for every number of keys read, batch size and kind of model
     if device.type == "cuda":
         return torch.compile(decode_step, fullgraph=True, dynamic=False, mode="reduce-overhead")
