@@ -42,7 +42,7 @@ def table_row(name: str, batch_size: int, seconds: list[list[float]], num_bytes:
     floor, equal, *ragged = map(min, zip(*seconds))
     cells = [name, f"{1e3 * equal:.2f} ms", f"{batch_size / equal:.0f}", f"{1e3 * floor:.2f} ms",
              f"{num_bytes / floor / 1e9:.0f} GB/s", f"{median(times[1] / times[0] for times in seconds):.2f}"]
-    cells += [f"{1e3 * ragged[0]:.2f} ms", f"{median(times[2] / times[1] for times in seconds):.2f}"] if ragged else ["", ""]
+    cells += [f"{1e3 * ragged[0]:.2f} ms", f"{median(s[2] / s[1] for s in seconds):.2f}"] if ragged else ["", ""]
     print("|", " | ".join(cells), "|", flush=True)
 
 
