@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
@@ -121,7 +122,7 @@ def continue_music(task: SymbolicMusic, model: PerceiverAR, args: argparse.Names
         music.write_midi(out, notes)
         tell(f"wrote {out}: {len(given)} notes of the prompt and {len(notes) - len(given)} that follow")
         if args.piano_roll is not None:
-            to_pil_image(pictures.piano_roll(notes, len(given))).save(numbered(args.piano_roll, number, args))
+            save_picture(pictures.piano_roll(notes, len(given)), numbered(args.piano_roll, number, args))
 
 
 def numbered(name: str, number: int, args: argparse.Namespace) -> Path:
@@ -131,6 +132,14 @@ def numbered(name: str, number: int, args: argparse.Namespace) -> Path:
     return path if args.num_samples == 1 else path.with_stem(f"{path.stem}-{number}")
 
 
+def save_picture(picture: Tensor, file: Path) -> None:
+    try:
+        to_pil_image(picture).save(file)
+    except (OSError, ValueError) as error:  # ValueError: of an ending that it doesn't know
+        raise UserError(f"cannot write {file}: {error}") from None
+    tell(f"wrote {file}")
+
+
 def complete_image(task: ImageSequences, model: PerceiverAR, args: argparse.Namespace) -> None:
     """A picture: the image as it is, its upper half, and samples of the lower one."""
     shape, out = task.config.data.image_shape, args.out or "completion.png"
@@ -138,11 +147,7 @@ def complete_image(task: ImageSequences, model: PerceiverAR, args: argparse.Name
     tokens = to_tokens(image_transform(task.config.data, shape)(image))
     args.max_new_tokens = len(tokens) - task.num_given
     lower = torch.tensor(list(sample(model, tokens[: task.num_given].tolist(), args))).T  # (number of samples, S / 2)
-    try:
-        to_pil_image(task.picture(tokens[None], lower[:, None])).save(out)
-    except (OSError, ValueError) as error:  # ValueError: of an ending that it doesn't know
-        raise UserError(f"cannot write {out}: {error}") from None
-    tell(f"wrote {out}")
+    save_picture(task.picture(tokens[None], lower[:, None]), Path(out))
 
 
 GENERATORS = {CausalLM: continue_text, Copy: continue_text, SymbolicMusic: continue_music,

@@ -61,14 +61,14 @@ def rotary_angles(positions: Tensor, num_channels: int, dtype: torch.dtype) -> t
 
 
 def sinusoids(positions: Tensor, num_channels: int, dtype: torch.dtype) -> Tensor:
-    """Fixed position embeddings (B, M, C) of positions (B, M): all sines, then all cosines (Perceiver AR, Google's code).
+    """Fixed embeddings (B, M, C) of positions (B, M): all sines, then all cosines (Perceiver AR, Google's code).
 
     The C / 2 frequencies go geometrically from 1 to 1 / 10,000, both included. Angles are float64: in float32, position
     131,072 would be off by a hundredth of a radian. They are computed when needed, as a table of such a context takes
     half a gigabyte.
     """
-    exponents = torch.arange(num_channels // 2, device=positions.device, dtype=torch.float64) / (num_channels // 2 - 1)
-    angles = positions[..., None] * 10_000.0**-exponents  # (B, M, C / 2)
+    exponents = torch.linspace(0, -4, num_channels // 2, device=positions.device, dtype=torch.float64)
+    angles = positions[..., None] * 10**exponents  # (B, M, C / 2)
     return torch.cat((angles.sin().to(dtype), angles.cos().to(dtype)), dim=-1)
 
 
@@ -522,9 +522,9 @@ class PerceiverARConfig:
         if self.num_self_attention_layers < 0 or not -1 <= self.num_rotary_layers <= self.num_self_attention_layers:
             raise ValueError(f"num_rotary_layers={self.num_rotary_layers} must be -1 or at most "
                              f"num_self_attention_layers={self.num_self_attention_layers}")
-        if self.sinusoidal_positions and (not self.absolute_positions or self.num_channels % 2 or self.num_channels < 4):
-            raise ValueError("sinusoidal_positions=True needs absolute_positions=True and an even num_channels >= 4, not "
-                             f"absolute_positions={self.absolute_positions}, num_channels={self.num_channels}")
+        if self.sinusoidal_positions and (self.num_channels % 2 or not self.absolute_positions):
+            raise ValueError("sinusoidal_positions=True needs an even number of channels and absolute_positions=True, "
+                             f"not num_channels={self.num_channels}, absolute_positions={self.absolute_positions}")
         check_choice(self, "latent_keys", ("kv_norm", "q_norm"))
         check_choice(self, "activation", ACTIVATIONS)
         if self.z_loss < 0:

@@ -347,18 +347,15 @@ def test_published_logits_of_the_image_classifiers(tmp_path, name, expected):
 
 @pytest.mark.network
 @torch.inference_mode()
-def test_published_flow(tmp_path):
-    """transformers' test of PerceiverForOpticalFlow: a frame of Sintel twice."""
+def test_published_weights_find_how_far_an_image_was_moved(tmp_path):
     from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor
-    url = "https://storage.googleapis.com/perceiver_io/sintel_frame1.png"
+    url = "https://storage.googleapis.com/perceiver_io/sintel_frame1.png"  # of DeepMind's colab, 1024x436
     torch.hub.download_url_to_file(url, str(tmp_path / "frame.png"))
-    frame = pil_to_tensor(Image.open(tmp_path / "frame.png").convert("RGB").resize((496, 368))) / 127.5 - 1
-    flow = from_pretrained("deepmind/optical-flow-perceiver", "transformers")(frame.expand(1, 2, -1, -1, -1)) / 20
-    expected = torch.tensor([[[0.0025, -0.0050], [0.0025, -0.0049], [0.0025, -0.0048]],
-                             [[0.0026, -0.0049], [0.0026, -0.0048], [0.0026, -0.0047]],
-                             [[0.0026, -0.0049], [0.0026, -0.0048], [0.0026, -0.0046]]])
-    torch.testing.assert_close(flow[0, :3, :3], expected, atol=1e-4, rtol=0)
+    image = pil_to_tensor(Image.open(tmp_path / "frame.png").convert("RGB")) / 127.5 - 1
+    frames = torch.stack((image[:, :368, :496], image[:, 3:371, 5:501]))
+    flow = from_pretrained("deepmind/optical-flow-perceiver")(frames[None])
+    torch.testing.assert_close(flow[0].flatten(0, 1).median(0).values, torch.tensor([-5.0, -3.0]), atol=0.3, rtol=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

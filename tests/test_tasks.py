@@ -11,9 +11,23 @@ from perceiver import checkpoint
 from perceiver.config import load_config
 from perceiver.tasks import TASKS
 
-SIZES = {"clm_wikitext103": 30_563_078, "clm_c4": 453_950_720, "mlm_paper": 201_108_230, "mnist": 907_212,
-         "imagenet_fourier": 48_440_627, "imagenet_learned": 62_255_848, "imagenet_conv": 48_646_522,
-         "imagenet_perceiver": 44_912_254}
+SIZES = {
+    "clm_wikitext103": 30_563_078,
+    "clm_c4": 453_950_720,
+    "copy_8k": 89_757_955,
+    "copy_131k": 89_757_955,
+    "flow_chairs": 41_057_134,
+    "flow_kitti": 41_057_134,
+    "flow_sintel": 41_057_134,
+    "imagenet_conv": 48_646_522,
+    "imagenet_fourier": 48_440_627,
+    "imagenet_learned": 62_255_848,
+    "imagenet_perceiver": 44_912_254,
+    "mlm_paper": 201_108_230,
+    "mnist": 907_212,
+    "music_giantmidi": 134_840_832,
+    "music_maestro": 28_531_712,
+}
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 
 

@@ -9,9 +9,11 @@ from perceiver.config import from_dict
 from perceiver.pretrained import load_weights
 from perceiver.tasks.base import Autoregression, Classification, Task
 from perceiver.tasks.copy import Copy
+from perceiver.tasks.flow import OpticalFlow
 from perceiver.tasks.image import ImageClassification, ImageSequences
 from perceiver.tasks.language import CausalLM, MaskedLM, TextClassification
 from perceiver.tasks.music import SymbolicMusic
+from perceiver.tasks.video import MultimodalAutoencoding
 
 TASKS = {
     "causal_lm": CausalLM,
@@ -21,6 +23,8 @@ TASKS = {
     "copy": Copy,
     "symbolic_music": SymbolicMusic,
     "image_ar": ImageSequences,
+    "optical_flow": OpticalFlow,
+    "multimodal_autoencoding": MultimodalAutoencoding,
 }
 
 
