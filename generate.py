@@ -31,7 +31,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py (.pt), or published weights: krasserm/"
                         "perceiver-ar-clm-base, krasserm/perceiver-ar-sam-giant-midi, or a folder or file with them")
-    parser.add_argument("--tokenizer", help="a tokenizer.json; default: that in the checkpoint, or beside the weights")
+    parser.add_argument("--tokenizer", help="text: a tokenizer.json; default: that of the checkpoint or the weights")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the text to continue; - reads it from stdin. Music, images: a file")
     source.add_argument("--prompt-file", help="a file with what to continue")
