@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py (.pt), or published weights: krasserm/"
                         "perceiver-ar-clm-base, krasserm/perceiver-ar-sam-giant-midi, or a folder or file with them")
-    parser.add_argument("--tokenizer", help="a tokenizer.json; default: the one in the checkpoint, or beside the weights")
+    parser.add_argument("--tokenizer", help="text: a tokenizer.json; default: that of the checkpoint or the weights")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the text to continue; - reads it from stdin. Music, images: a file")
     source.add_argument("--prompt-file", help="a file with what to continue")
@@ -109,8 +109,8 @@ def continue_text(task: CausalLM, model: PerceiverAR, args: argparse.Namespace) 
     for stream in streams:
         tokenizer.stream(prompt, stream, final=True)  # how a text goes on may depend on what it follows
     if args.num_samples > 1:
-        samples = zip(streams, zip(*steps))
-        write("\n-----\n".join(text + tokenizer.stream(tokens, stream, final=True) for stream, tokens in samples) + "\n")
+        samples = [text + tokenizer.stream(tokens, stream, final=True) for stream, tokens in zip(streams, zip(*steps))]
+        write("\n-----\n".join(samples) + "\n")
         return
     for number, tokens in enumerate(steps):
         write((text if number == 0 else "") + tokenizer.stream(tokens, streams[0]))
