@@ -193,6 +193,7 @@ def test_the_first_of_two_notes_of_a_pitch_ends_first():
 def test_whatever_a_model_writes_can_be_played(tmp_path):
     assert decode([128 + 60, VELOCITY, 60, SHIFT + 9, 60, PAD, 128 + 60, 128 + 60, 128 + 60, 62]) == [
         (0, 0.1, 60, 2), (0.1, 0.11, 60, 2), (0.1, 0.11, 62, 2)]
+    assert decode([60, 355, 62, 355, 355]) == [(0, 1, 60, 66), (1, 2, 62, 66)]  # ends are missing: a second each
     rng = np.random.default_rng(0)
     for _ in range(20):
         notes = decode(rng.choice([*range(40), *range(128, 168), *range(SHIFT, NUM_EVENTS)], 300).tolist())
