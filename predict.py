@@ -20,17 +20,17 @@ from torchvision.utils import flow_to_image
 from tqdm import tqdm
 
 from perceiver import pictures
-from perceiver.architectures import MaskedLMConfig, OpticalFlowConfig
+from perceiver.architectures import MaskedLMConfig, MultimodalAutoencoderConfig, OpticalFlowConfig
 from perceiver.config import Config
-from perceiver.data import (ByteTokenizer, FlowDataConfig, ImageDataConfig, MaskedTextDataConfig, image_transform,
-                            read_frames, read_image, write_flo)
+from perceiver.data import (ByteTokenizer, FlowDataConfig, ImageDataConfig, MaskedTextDataConfig, VideoDataConfig,
+                            image_transform, read_frames, read_image, read_video, write_flo, write_sound, write_video)
 from perceiver.data.video import SUFFIXES, video_frames
 from perceiver.distributed import init_ranks
 from perceiver.errors import UserError, run_script
 from perceiver.flow import compute_flow
 from perceiver.pretrained import VARIANTS, load_weights, published_class_names, read_pretrained
-from perceiver.tasks import (Classification, ImageClassification, MaskedLM, OpticalFlow, Task, TextClassification,
-                             load_checkpoint)
+from perceiver.tasks import (Classification, ImageClassification, MaskedLM, MultimodalAutoencoding, OpticalFlow, Task,
+                             TextClassification, load_checkpoint)
 
 MASK = b"[MASK]"
 EPILOG = """\
@@ -47,6 +47,8 @@ text classifiers    INPUT is a text file, the model sees its beginning
 image classifiers   INPUT is an image file
 optical flow        INPUTs are two or more images, in their order, or a folder of images, or a video file. Written are
                     pictures of how each moves to the next and, of two or more images, .flo files
+video autoencoders  INPUT is a video file, the model sees and hears its beginning. Printed are classes; written are a video
+                    and a picture of the original beside what the model makes of it, and the sound that it makes
 """
 
 
@@ -157,8 +159,29 @@ def frame_pairs(inputs: list[str]) -> Iterator[tuple[str, Tensor]]:
         yield name, read_frames([file, following])
 
 
+def reconstruct_videos(task: MultimodalAutoencoding, model: nn.Module, args: argparse.Namespace) -> None:
+    """Classes, and the clip beside what the model makes of it: a video, a picture of some frames, the sound."""
+    rate, sample_rate = task.shape.frame_rate, task.shape.sample_rate
+    if args.attention:
+        raise UserError("--attention is for texts and images; there is no picture of it over a video")
+    for file, name in progress(args.inputs):
+        image, audio = read_video(file, task.shape)
+        if audio is None:
+            tell(f"{file} has no sound: the model gets silence")
+            audio = torch.zeros(task.shape.num_samples, 1)
+        image_again, audio_again, logits = task.reconstruct(model, image, audio)
+        say(file, *ranking(logits, task, args.top_k))
+        with output(args, f"{name}-reconstruction.png") as path:
+            to_pil_image(pictures.contact_sheet(image, image_again)).save(path)
+        with output(args, f"{name}-reconstruction.wav") as path:
+            write_sound(path, audio_again, sample_rate)
+        with output(args, f"{name}-reconstruction.mp4") as path:
+            both = pictures.enlarged(torch.cat((image, image_again), dim=-1), 448)
+            write_video(path, both, rate, audio_again, sample_rate)
+
+
 PREDICTORS = {MaskedLM: fill_masks, TextClassification: classify_texts, ImageClassification: classify_images,
-              OpticalFlow: find_flow}
+              OpticalFlow: find_flow, MultimodalAutoencoding: reconstruct_videos}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -176,6 +199,9 @@ def load(source: str, variant: str, device: torch.device) -> tuple[Task, nn.Modu
         task = MaskedLM(Config("masked_lm", config, MaskedTextDataConfig()))
     elif isinstance(config, OpticalFlowConfig):
         task = OpticalFlow(Config("optical_flow", config, FlowDataConfig()))
+    elif isinstance(config, MultimodalAutoencoderConfig):
+        task = MultimodalAutoencoding(Config("multimodal_autoencoding", config, VideoDataConfig()))
+        task.class_names = published_class_names(source, config.input.num_classes)
     else:
         task = ImageClassification(Config("image_classification", config, ImageDataConfig(path=source)))  # as ImageNet
         task.class_names = published_class_names(source, config.num_classes)
@@ -203,7 +229,7 @@ def shorten(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def ranking(logits: Tensor, task: Classification, top_k: int) -> list[str]:
+def ranking(logits: Tensor, task: Task, top_k: int) -> list[str]:
     """Lines with the likeliest classes of logits (E,)."""
     top = logits.float().softmax(-1).topk(min(top_k, len(logits)))
     return [f"  {prob:7.2%}  {task.class_names[label] if task.class_names else f'class {label}'}"

@@ -1,4 +1,4 @@
-"""Pictures of what a model looks at: the first cross-attention of an encoder, over an image or a text.
+"""Pictures of what a model looks at, the first cross-attention of an encoder over an image or a text; of music, of samples.
 
 Attention is recomputed for them; neither training nor inference ever has it in memory. A picture is a tensor (3, H, W)
 of uint8, as TensorBoard and PNG take it.
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import flow_to_image, make_grid
 
-from perceiver.data import ByteTokenizer
+from perceiver.data import ByteTokenizer, Note
 
 # From no attention to the most: white, amber, orange, red.
 RAMP = torch.tensor([[255, 255, 255], [255, 226, 138], [252, 141, 60], [222, 45, 38]]) / 255
@@ -153,6 +153,67 @@ def characters(input_ids: list[int]) -> Iterator[tuple[str, int]]:
         for character in text:
             shown = character if character.isprintable() else BLANKS.get(character, "\ufffd")
             yield shown, len(character.encode("utf-8", "surrogateescape"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Videos
+
+
+def enlarged(frames: Tensor, size: int) -> Tensor:
+    """Frames (T, 3, H, W) in [0, 1] as uint8, their pixels repeated if the longer side has fewer than `size`."""
+    scale = math.ceil(size / max(frames.shape[2:]))
+    return (255 * frames).round().byte().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+
+
+def contact_sheet(*clips: Tensor) -> Tensor:
+    """A row of at most 8 frames for each of the clips (T, 3, H, W) in [0, 1]."""
+    some = torch.linspace(0, len(clips[0]) - 1, min(8, len(clips[0]))).round().long()
+    frames = enlarged(torch.cat([clip[some] for clip in clips]), 96)
+    return make_grid(frames, nrow=len(some), padding=MARGIN // 4, pad_value=255)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Music
+
+GIVEN, NEW = (52, 101, 164), (222, 45, 38)  # blue, red
+
+
+def piano_roll(notes: list[Note], num_given: int, max_width: int = 1280) -> Tensor:
+    """Notes over time, the first `num_given` of them in blue, the others in red, loud ones darker. A row is a semitone,
+    grey for the black keys, a line a second; every C has its name."""
+    left, height = 40, 8  # of the names, of a row
+    lowest, highest = (edge(note.pitch for note in notes) for edge in (min, max))
+    seconds = max(note.end for note in notes)
+    scale = min(64, (max_width - left) / seconds)  # pixels of a second
+    width, rows = left + math.ceil(seconds * scale), range(highest + 2, lowest - 3, -1)
+    canvas = Image.new("RGB", (width, len(rows) * height), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    for y, pitch in enumerate(rows):
+        if pitch % 12 in (1, 3, 6, 8, 10):
+            draw.rectangle((left, y * height, width, (y + 1) * height - 1), (240, 240, 240))
+        elif pitch % 12 == 0:
+            draw.text((4, y * height - 4), f"C{pitch // 12 - 1}", "black", font)
+    for second in range(math.ceil(seconds)):
+        draw.line((left + second * scale, 0, left + second * scale, canvas.height), (220, 220, 220))
+    for number, note in enumerate(notes):
+        shade = 0.6 * (1 - note.velocity / 127)  # of white
+        colour = tuple(round(part + shade * (255 - part)) for part in (GIVEN if number < num_given else NEW))
+        x, y = left + note.onset * scale, rows.index(note.pitch) * height
+        draw.rectangle((x, y, max(x + 1, left + note.end * scale - 2), y + height - 2), colour)
+    return TF.pil_to_tensor(canvas)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images that are completed
+
+
+def completions(images: Tensor, samples: Tensor) -> Tensor:
+    """A grid of images (n, C, H, W) of uint8: a row as they are, one without their lower halves, and one for each of K
+    `samples` (K, n, C, H, W). Small ones are enlarged."""
+    given, scale = images.clone(), math.ceil(96 / max(images.shape[2:]))
+    given[:, :, images.shape[2] // 2 :] = 128
+    tiles = torch.cat((images, given, samples.flatten(0, 1))).expand(-1, 3, -1, -1)
+    return make_grid(tiles.repeat_interleave(scale, 2).repeat_interleave(scale, 3), len(images), 4, pad_value=255)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def google_weights(data) -> dict[str, torch.Tensor]:
 def test_equals_google():
     """Rows of 24, 15 and 6 tokens, theirs padded on the right and ours on the left; the last with fewer than N.
 
-    The golden weights come with a table of positions, in the place of sinusoids, for which there is a test of their own.
+    The golden weights come with a table of positions in the place of sinusoids, which have a test of their own.
     """
     data = np.load(GOLDEN / "perceiver-ar-google" / "absolute.npz")
     model = PerceiverAR(PerceiverARConfig(**SMALL, **GOOGLE | dict(sinusoidal_positions=False))).eval()

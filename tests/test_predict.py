@@ -4,6 +4,7 @@ import re
 import runpy
 import shutil
 import sys
+import wave
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -18,9 +19,8 @@ from torchvision.utils import flow_to_image
 from conftest import GOLDEN, ROOT, run_script, run_train
 from perceiver import checkpoint
 from perceiver.config import from_dict, to_dict
-from perceiver.data import ByteTokenizer
+from perceiver.data import ByteTokenizer, ClipShape, frame_rate, read_video, video_frames, write_video
 from perceiver.data.flow import read_flo
-from perceiver.data.video import write_video
 from perceiver.flow import compute_flow
 from perceiver.pretrained import from_pretrained
 from perceiver.tasks import TASKS
@@ -306,6 +306,66 @@ def test_mistakes_in_frames_are_one_line_and_exit_code_2(frames, predict, tmp_pa
         result = predict(FLOW, tmp_path / video)
         assert result.code == 2 and re.search(f"^error: .*{message}.*$", result.err.replace("\r", "\n"), re.MULTILINE)
         assert "Traceback" not in result.err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Videos
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A video of a second, 24 x 20, with sound."""
+    file = tmp_path_factory.mktemp("videos") / "clip.mp4"
+    frames = torch.randint(256, (10, 3, 1, 1), dtype=torch.uint8).expand(-1, -1, 20, 24)
+    write_video(file, frames, Fraction(10), torch.rand(8000, 1) - 0.5, 8000)
+    return file
+
+
+VIDEO_MODEL = {"num_output_channels": 12, "input": {
+    "image_shape": [5, 16, 16, 3], "num_image_bands": 2, "num_audio_samples": 4000, "samples_per_patch": 8,
+    "num_audio_bands": 2, "num_classes": 3}}
+
+
+def test_videos_are_reconstructed(clip, predict, tmp_path):
+    ckpt, model = new_checkpoint(tmp_path / "video.pt", "multimodal_autoencoding", ["run", "sit", "swim"], VIDEO_MODEL,
+                                 {"sample_rate": 8000, "num_chunks": 7})
+    result = predict(ckpt, clip, clip, "--top-k", "2")
+    assert result.code == 0 and "wrote predictions/clip-2-reconstruction.mp4" in result.err
+    image, audio = read_video(clip, ClipShape((5, 16, 16, 3), 4000, 8000))
+    with torch.inference_mode():
+        again = model({"image": image[None], "audio": audio[None], "label": torch.zeros(1, 3)})
+    names, probs = ranking(result.out.splitlines()[1:3])
+    expected = again["label"].softmax(-1)[0].topk(2)
+    assert names == [["run", "sit", "swim"][n] for n in expected.indices]
+    assert probs == pytest.approx(expected.values.tolist(), abs=1e-4)
+    with wave.open("predictions/clip-reconstruction.wav") as file:
+        sound = np.frombuffer(file.readframes(4000), "<i2") / 32767
+    np.testing.assert_allclose(sound, again["audio"][0, :, 0].clamp(-1, 1), atol=1e-3)
+    frames = torch.stack(list(video_frames("predictions/clip-reconstruction.mp4")))
+    assert frames.shape == (5, 3, 224, 448) and frame_rate("predictions/clip-reconstruction.mp4") == 10
+    assert (frames[..., 6:-230].float().mean((2, 3)) - 255 * image.mean((2, 3))).abs().max() < 8  # the original is left
+    means = again["image"][0].clamp(0, 1).mean((2, 3))
+    assert (frames[..., 224:].float().mean((2, 3)) - 255 * means).abs().max() < 12
+    with Image.open("predictions/clip-reconstruction.png") as sheet:
+        assert sheet.size == (4 + 5 * (96 + 4), 4 + 2 * (96 + 4))
+
+
+def test_videos_with_official_weights(clip, predict, tmp_path):
+    result = predict(GOLDEN / "multimodal", clip, "--out", tmp_path / "out")
+    assert result.code == 0 and len(list((tmp_path / "out").iterdir())) == 3
+    assert len(result.out.splitlines()) == 6 and re.search(r"^ +[\d.]+%  class \d+$", result.out, re.MULTILINE)
+
+
+def test_mistakes_with_videos(clip, predict, tmp_path, monkeypatch):
+    write_video(tmp_path / "silent.mp4", torch.zeros(3, 3, 16, 16, dtype=torch.uint8), Fraction(25))
+    official = GOLDEN / "multimodal"
+    result = predict(official, tmp_path / "silent.mp4")
+    assert result.code == 0 and f"{tmp_path}/silent.mp4 has no sound: the model gets silence\n" in result.err
+    (tmp_path / "cut.mp4").write_bytes(clip.read_bytes()[:1000])
+    assert fails(predict(official, tmp_path / "cut.mp4"), "cannot read", "cut.mp4")
+    assert fails(predict(official, clip, "--attention"), "--attention")
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert fails(predict(official, clip), "pip install av")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -88,11 +88,17 @@ def collate_padded(examples: list[dict]) -> dict[str, torch.Tensor]:
     """A batch without `pad_mask` where nothing is padded: attention is faster without a mask. Examples whose input_ids
     differ in length get padding on the left, up to the longest of them."""
     lengths = [len(example.get("input_ids", ())) for example in examples]
-    if (longest := max(lengths)) > min(lengths):
-        examples = [example | {"input_ids": np.pad(example["input_ids"], (longest - length, 0)),
-                               "pad_mask": np.arange(longest) < longest - length}
-                    for example, length in zip(examples, lengths)]
+    if max(lengths) > min(lengths):
+        examples = [pad_left(example, max(lengths)) for example in examples]
     batch = default_collate(examples)
     if "pad_mask" in batch and not batch["pad_mask"].any():
         del batch["pad_mask"]
     return batch
+
+
+def pad_left(example: dict[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """An example of Perceiver AR with `length` input_ids, and pad_mask (length,); prefix_keep goes with its tokens."""
+    padding = length - len(example["input_ids"])
+    moved = {"prefix_keep": example["prefix_keep"] + padding} if "prefix_keep" in example else {}
+    return example | moved | {"input_ids": np.pad(example["input_ids"], (padding, 0)),
+                              "pad_mask": np.arange(length) < padding}

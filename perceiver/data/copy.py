@@ -19,10 +19,12 @@ VOCAB_SIZE = FIRST_VALUE + 256
 @dataclass
 class CopyDataConfig(LoaderConfig):
     min_crop: int | None = None  # tokens of the shortest training window; null: as many as latents
+    grow_steps: int = 0  # first steps, in which training windows grow from 32 tokens around the middle to the sequence
     num_val_sequences: int = 64  # sequences to validate on, all of their second halves
 
     def __post_init__(self):
         super().__post_init__()
+        require(self.grow_steps >= 0, f"grow_steps={self.grow_steps} must not be negative")
         require(self.num_val_sequences >= 1, f"num_val_sequences={self.num_val_sequences} must be at least 1")
 
 
@@ -41,14 +43,28 @@ def window(sequence: np.ndarray, end: int, num_labels: int) -> dict[str, np.ndar
 
 class CopyWindows(Dataset):
     """Training windows by key (step, index in the global batch): the start of a new sequence, and any number of tokens
-    from `min_crop` to length - 1. Where it ends before the second half does, the first labels can't be known."""
+    from `min_crop` to length - 1. Where it ends early in the second half, the first labels can't be known.
 
-    def __init__(self, length: int, num_latents: int, min_crop: int, seed: int):
+    To look back 4,000 positions is slow to learn from nothing: each value is one of thousands that attention averages.
+    So in the first `grow_steps` the prefix is cut to what is near the middle, where all positions are what they are in
+    the whole sequence, and the reach to both sides grows from 16 tokens to half of the sequence.
+    """
+
+    def __init__(self, length: int, num_latents: int, min_crop: int, seed: int, grow_steps: int = 0):
         self.length, self.num_latents, self.min_crop, self.seed = length, num_latents, min_crop, seed
+        self.grow_steps = grow_steps
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
+        """input_ids (m,), labels (N,), mirrored (N,), and while windows grow prefix_keep (P',), with fewer latents"""
         rng = np.random.default_rng((self.seed, *key))
-        return window(mirrored(self.length, rng), rng.integers(self.min_crop, self.length), self.num_latents)
+        sequence, middle, step = mirrored(self.length, rng), self.length // 2, key[0]
+        if step >= self.grow_steps:
+            return window(sequence, rng.integers(self.min_crop, self.length), self.num_latents)
+        reach = int(16 * (middle / 16) ** (step / self.grow_steps) ** 2)
+        num_latents = min(self.num_latents, reach)
+        end = middle + rng.integers(min(num_latents, reach // 2), reach)
+        keep = np.arange(end - 2 * reach, end - num_latents).clip(min=0)  # SOS several times, to have the same number
+        return window(sequence, end, num_latents) | {"prefix_keep": keep}
 
 
 class CopyBlocks(Dataset):

@@ -7,13 +7,14 @@ nor uneven batches change a result.
 import math
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from perceiver.config import Config
-from perceiver.data import IGNORE, Shuffled
+from perceiver.data import IGNORE, Shuffled, Tokens
 from perceiver.errors import UserError
 from perceiver.model import PerceiverARConfig
 from perceiver.pretrained import start_from
@@ -37,9 +38,24 @@ class Task(ABC):
         if getattr(self.config.model, "init_from", None) is not None:
             start_from(model, self.config.model.init_from, self.config)
 
+    def state(self) -> dict:
+        """What a checkpoint keeps beside the config, because the data told it."""
+        return {"class_names": self.class_names}
+
+    def restore(self, saved: dict) -> None:
+        """Takes the `state` in a checkpoint."""
+        self.class_names = saved.get("class_names")
+
     @abstractmethod
     def load_data(self) -> tuple[Dataset, Dataset]:
         """The training set, by key (step, index in the global batch), and the validation set."""
+
+    def check_classes(self, names: list[str], key: str, num_classes: int) -> None:
+        """Keeps the data's classes, which must be as many as `key` in the config says."""
+        self.class_names = names
+        if len(names) != num_classes:
+            raise UserError(f"{key}={num_classes}, but the data has {len(names)} classes: "
+                            f"{', '.join(names[:12])}{', ...' if len(names) > 12 else ''}")
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -52,8 +68,9 @@ class Task(ABC):
             metrics["accuracy"] = sums["correct"] / sums["count"]
         return metrics
 
-    def show(self, model: nn.Module) -> dict[str, str | Tensor]:
-        """Things to look at after an evaluation, by name: texts, and pictures (3, H, W) of uint8."""
+    def show(self, model: nn.Module) -> dict[str, str | Tensor | tuple[Tensor, int]]:
+        """Things to look at after an evaluation, by name: texts, pictures (3, H, W) of uint8, and sounds (S, 1) in
+        [-1, 1] with their sample rate."""
         return {}
 
     def summary(self, metrics: dict[str, float]) -> str | None:
@@ -91,10 +108,7 @@ class Classification(Task):
 
     def share(self, train_set: Dataset, val_set: Dataset) -> tuple[Dataset, Dataset]:
         """The data in the order of training, once its classes are found to be the model's."""
-        num_classes, self.class_names = self.config.model.num_classes, train_set.class_names
-        if len(self.class_names) != num_classes:
-            raise UserError(f"model.num_classes={num_classes}, but the data has {len(self.class_names)} classes: "
-                            f"{', '.join(self.class_names[:12])}{', ...' if len(self.class_names) > 12 else ''}")
+        self.check_classes(train_set.class_names, "model.num_classes", self.config.model.num_classes)
         self.val_set = val_set
         return Shuffled(train_set, self.config.data.batch_size, self.config.train.seed), val_set
 
@@ -110,3 +124,11 @@ def token_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Of logits (B, L, V) and labels (B, L), where those are not IGNORE."""
     loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
     return {"loss": loss, "count": (labels != IGNORE).sum()}
+
+
+def bits_by_frequency(train: Tokens, val_set: Dataset) -> float:
+    """The yardstick of a prediction: bits of a label of `val_set` by how frequent it is in the training data."""
+    labels = np.concatenate([val_set[index]["labels"] for index in range(len(val_set))])
+    labels = labels[labels != IGNORE] - train.offset
+    counts = np.bincount(train.values, minlength=labels.max() + 1) + 1  # one more of each: none is impossible
+    return -np.log2(counts / counts.sum())[labels].mean()

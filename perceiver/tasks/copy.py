@@ -32,7 +32,8 @@ class Copy(Autoregression):
         c, data = self.config.model, self.config.data
         min_crop = c.num_latents if data.min_crop is None else data.min_crop
         self.val_set = CopyBlocks(c.max_seq_len, c.num_latents, data.num_val_sequences)
-        return CopyWindows(c.max_seq_len, c.num_latents, min_crop, self.config.train.seed), self.val_set
+        train_set = CopyWindows(c.max_seq_len, c.num_latents, min_crop, self.config.train.seed, data.grow_steps)
+        return train_set, self.val_set
 
     def sums(self, logits: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         correct = (logits.argmax(-1) == batch["labels"]) & batch["mirrored"]
