@@ -202,7 +202,7 @@ def error_of(function, *args) -> str:
 
 
 def test_folders_without_the_dataset(dataset, tmp_path):
-    first = {"sintel": "training/clean/*", "chairs": "data/*_flow.flo", "kitti": "training/image_2/*_10.png"}
+    first = {"sintel": "training/clean/*/", "chairs": "data/*_flow.flo", "kitti": "training/image_2/*_10.png"}
     missing = f"there is no {tmp_path}/{first[dataset.dataset]}; data.path must be"
     dataset.path = str(tmp_path)
     assert missing in error_of(load_flow, dataset, SHAPE, 0)

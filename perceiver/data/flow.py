@@ -217,7 +217,7 @@ def find_sintel(root: Path, config: FlowDataConfig) -> tuple[Examples, Examples]
     passes = ("clean", "final") if config.sintel_pass == "both" else (config.sintel_pass,)
     train, val = [], []
     for folder in (root / "training" / name for name in passes):
-        for n, scene in enumerate(find(folder, "*")):
+        for n, scene in enumerate(find(folder, "*/")):
             pairs = pairwise(find(scene, "frame_*.png"))
             (train if n % 8 else val).extend(
                 (*pair, root / "training" / "flow" / scene.name / f"{pair[0].stem}.flo") for pair in pairs)
@@ -249,5 +249,5 @@ DATASETS = {"generated": None, "sintel": find_sintel, "chairs": find_chairs, "ki
 def find(folder: Path, pattern: str) -> list[Path]:
     """Sorted; raises UserError if there is nothing."""
     if not (found := sorted(folder.glob(pattern))):
-        raise UserError(f"there is no {folder / pattern}; data.path must be the folder that holds the dataset")
+        raise UserError(f"there is no {folder}/{pattern}; data.path must be the folder that holds the dataset")
     return found
