@@ -136,7 +136,8 @@ def new_task(**data) -> OpticalFlow:
 
 
 def batch_of(size: tuple[int, int]) -> dict[str, torch.Tensor]:
-    return {"frames": torch.randn(3, 2, 3, *size), "flow": torch.randn(3, *size, 2), "valid": torch.rand(3, *size) < 0.6}
+    return {"frames": torch.randn(3, 2, 3, *size), "flow": torch.randn(3, *size, 2),
+            "valid": torch.rand(3, *size) < 0.6}
 
 
 @pytest.mark.parametrize("size", [TILE, (30, 61)])

@@ -126,7 +126,7 @@ def draw_pair(rng: np.random.Generator, frame_shape: tuple[int, ...], max_motion
 
 
 class FlowFiles(Dataset):
-    """Pairs of frames from files, cropped to `frame_shape` if that is given: at random for training, else the centre."""
+    """Pairs of frames from files, cropped to `frame_shape` if that is given: training at random, else the centre."""
 
     def __init__(self, examples: list[tuple[Path, Path, Path]], frame_shape: tuple[int, ...] | None,
                  train: bool = False, flip: bool = False, train_pixels: int | None = None):
