@@ -164,13 +164,13 @@ def test_pixels_at_random_are_a_part_of_all():
 
 
 def test_flow_is_learned(tmp_path):
-    """In a twentieth of the recipe's steps, a part of it; and what there is to see of it."""
+    """A little, in a twentieth of the recipe's steps; and what there is to see of it."""
     run, ckpt = tmp_path / "run", tmp_path / "run" / "checkpoints" / "best.pt"
-    result = run_script("train.py", "configs/flow.yaml", f"train.out_dir={run}", "train.max_steps=250",
-                        "train.eval_every=250", "data.val_examples=64", "data.num_workers=0")
+    result = run_script("train.py", "configs/flow.yaml", f"train.out_dir={run}", "train.max_steps=150",
+                        "train.eval_every=150", "optim.warmup_steps=30", "data.val_examples=64", "data.num_workers=0")
     assert result.returncode == 0, result.stderr
     last = read_metrics(run, "val")[-1]
-    assert last["epe"] < 0.8 * last["motion"]
+    assert last["epe"] < 0.85 * last["motion"]
     assert (f"an end-point error of {last['epe']:.3f} pixels; if nothing moved, it would be {last['motion']:.3f}"
             in result.stdout)
     assert run_script("docs/show.py", ckpt, "flow", tmp_path / "flow.png").returncode == 0

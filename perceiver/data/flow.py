@@ -26,7 +26,7 @@ class FlowDataConfig(LoaderConfig):
     sintel_pass: str = "both"  # of sintel: clean, final (with blur and fog), or both
     flip: bool = False  # training: left and right exchanged in half of the examples, top and bottom in a tenth
     train_pixels: int | None = None  # training: how many pixels of an example, at random, are asked for; null: all
-    eval_whole: bool = False  # validation: whole images, in tiles, which must be of one size; else their centres
+    eval_whole: bool = False  # validation: whole images, in tiles; else their centres
 
     def __post_init__(self):
         super().__post_init__()
@@ -39,6 +39,8 @@ class FlowDataConfig(LoaderConfig):
         require(self.val_examples >= 1, f"val_examples={self.val_examples} must be at least 1")
         require(self.sintel_pass in ("clean", "final", "both"),
                 f"sintel_pass={self.sintel_pass!r} must be clean, final or both")
+        require(self.dataset != "kitti" or not self.eval_whole,
+                f"eval_whole={self.eval_whole} needs images of one size, and kitti's differ")
 
 
 def load_flow(config: FlowDataConfig, frame_shape: tuple[int, ...], seed: int) -> tuple[Dataset, Dataset]:
