@@ -48,8 +48,8 @@ text classifiers    INPUT is a text file, the model sees its beginning
 image classifiers   INPUT is an image file
 optical flow        INPUTs are two or more images, in their order, or a folder of images, or a video file. Written are
                     pictures of how each moves to the next and, of two or more images, .flo files
-video autoencoders  INPUT is a video file, the model sees and hears its beginning. Printed are classes; written are a video
-                    and a picture of the original beside what the model makes of it, and the sound that it makes
+video autoencoders  INPUT is a video file, the model sees and hears its beginning. Printed are classes; written are a
+                    video and a picture of the original beside what the model makes of it, and the sound it makes
 """
 
 
