@@ -2,41 +2,54 @@
 
 Only the text goes to stdout, as it is made; everything else goes to stderr. A model of music continues a MIDI file:
 `python generate.py --ckpt runs/music/checkpoints/best.pt --prompt piece.mid --out longer.mid --piano-roll longer.png`.
+One of images completes the lower half: `--ckpt runs/image_ar/checkpoints/best.pt --prompt digit.png --out digits.png`.
 """
 import argparse
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
 from perceiver import pictures
-from perceiver.data import music
+from perceiver.config import Config
+from perceiver.data import (JsonTokenizer, MusicDataConfig, TextDataConfig, image_transform, music, read_image,
+                            to_tokens)
 from perceiver.distributed import init_ranks
 from perceiver.errors import UserError, run_script
 from perceiver.model import PerceiverAR
+from perceiver.pretrained import find_beside, from_pretrained, read_config
 from perceiver.sampling import generate
-from perceiver.tasks import CausalLM, Copy, SymbolicMusic, load_checkpoint
+from perceiver.tasks import CausalLM, Copy, ImageSequences, SymbolicMusic, Task, load_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py")
+    parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py (.pt), or published weights: krasserm/"
+                        "perceiver-ar-clm-base, krasserm/perceiver-ar-sam-giant-midi, or a folder or file with them")
+    parser.add_argument("--tokenizer", help="a tokenizer.json; default: the one in the checkpoint, or beside the weights")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", help="the text to continue; - reads it from stdin. Music: a MIDI file")
+    source.add_argument("--prompt", help="the text to continue; - reads it from stdin. Music, images: a file")
     source.add_argument("--prompt-file", help="a file with what to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="default: %(default)s; images: all that lack")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     parser.add_argument("--top-k", type=int, help="draw from the K most likely tokens")
     parser.add_argument("--top-p", type=float, help="draw from the most likely tokens with total probability P")
     parser.add_argument("--seed", type=int, default=0, help="sample i of a run is sample 0 of seed + i")
     parser.add_argument("--num-samples", type=int, default=1, help="several are printed when they are complete")
     parser.add_argument("--stride", type=int, help="tokens between two re-encodings; default: half of the latents")
-    parser.add_argument("--out", help="file to write; default: continuation.mid; several samples are numbered")
+    parser.add_argument("--out", help="music, images: file to write; default: continuation.mid (several samples are "
+                        "numbered) or completion.png")
     parser.add_argument("--piano-roll", metavar="PNG", help="music: file for a picture, with what is new in red")
     parser.add_argument("--no-kv-cache", action="store_true", help="evaluate the whole model for every token")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and caches; bfloat16 is for GPUs")
+    parser.add_argument("--compile", action="store_true", help="decode by torch.compile: some 20 s at first, then faster")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args()
 
@@ -63,7 +76,7 @@ def sample(model: PerceiverAR, prompt: list[int], args: argparse.Namespace) -> I
              f"{model.config.max_seq_len}")
     try:
         steps = generate(model, [prompt] * args.num_samples, args.max_new_tokens, args.temperature, args.top_k,
-                         args.top_p, args.seed, args.stride, not args.no_kv_cache)
+                         args.top_p, args.seed, args.stride, not args.no_kv_cache, args.compile)
     except ValueError as error:  # a prompt or a number that it does not take
         raise UserError(str(error)) from None
     start = time.perf_counter()
@@ -85,17 +98,22 @@ def continue_text(task: CausalLM, model: PerceiverAR, args: argparse.Namespace) 
     """The prompt and what follows: one sample as it is made, several when they are complete."""
     for option in ("out", "piano_roll"):
         if getattr(args, option) is not None:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} is not for text, which goes to stdout")
-    text = read_prompt(args)
-    steps = sample(model, task.tokenizer.encode(text), args)
+            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} is not for text: it goes to stdout")
+    if args.tokenizer is not None:
+        task.tokenizer = JsonTokenizer.read(args.tokenizer)
+    text, tokenizer = read_prompt(args), task.tokenizer
+    prompt = tokenizer.encode(text)
+    steps = sample(model, prompt, args)
+    streams = [tokenizer.new_stream() for _ in range(args.num_samples)]
+    for stream in streams:
+        tokenizer.stream(prompt, stream, final=True)  # how a text goes on may depend on what it follows
     if args.num_samples > 1:
-        samples = zip(*steps)
-        write("\n-----\n".join(text + task.tokenizer.decode(list(tokens)) for tokens in samples) + "\n")
+        samples = zip(streams, zip(*steps))
+        write("\n-----\n".join(text + tokenizer.stream(tokens, stream, final=True) for stream, tokens in samples) + "\n")
         return
-    stream = task.tokenizer.new_stream()
     for number, tokens in enumerate(steps):
-        write((text if number == 0 else "") + task.tokenizer.stream(tokens, stream))
-    write(task.tokenizer.stream([], stream, final=True) + "\n")
+        write((text if number == 0 else "") + tokenizer.stream(tokens, streams[0]))
+    write(tokenizer.stream([], streams[0], final=True) + "\n")
 
 
 def continue_music(task: SymbolicMusic, model: PerceiverAR, args: argparse.Namespace) -> None:
@@ -108,7 +126,7 @@ def continue_music(task: SymbolicMusic, model: PerceiverAR, args: argparse.Names
         music.write_midi(out, notes)
         tell(f"wrote {out}: {len(given)} notes of the prompt and {len(notes) - len(given)} that follow")
         if args.piano_roll is not None:
-            to_pil_image(pictures.piano_roll(notes, len(given))).save(numbered(args.piano_roll, number, args))
+            save_picture(pictures.piano_roll(notes, len(given)), numbered(args.piano_roll, number, args))
 
 
 def numbered(name: str, number: int, args: argparse.Namespace) -> Path:
@@ -118,17 +136,56 @@ def numbered(name: str, number: int, args: argparse.Namespace) -> Path:
     return path if args.num_samples == 1 else path.with_stem(f"{path.stem}-{number}")
 
 
-GENERATORS = {CausalLM: continue_text, Copy: continue_text, SymbolicMusic: continue_music}
+def save_picture(picture: Tensor, file: Path) -> None:
+    try:
+        to_pil_image(picture).save(file)
+    except (OSError, ValueError) as error:  # ValueError: of an ending that it doesn't know
+        raise UserError(f"cannot write {file}: {error}") from None
+    tell(f"wrote {file}")
+
+
+def complete_image(task: ImageSequences, model: PerceiverAR, args: argparse.Namespace) -> None:
+    """A picture: the image as it is, its upper half, and samples of the lower one."""
+    shape, out = task.config.data.image_shape, args.out or "completion.png"
+    image = read_image(args.prompt_file if args.prompt is None else args.prompt, shape[2])
+    tokens = to_tokens(image_transform(task.config.data, shape)(image))
+    args.max_new_tokens = len(tokens) - task.num_given
+    lower = torch.tensor(list(sample(model, tokens[: task.num_given].tolist(), args))).T  # (number of samples, S / 2)
+    save_picture(task.picture(tokens[None], lower[:, None]), Path(out))
+
+
+GENERATORS = {CausalLM: continue_text, Copy: continue_text, SymbolicMusic: continue_music,
+              ImageSequences: complete_image}
+
+
+def load(args: argparse.Namespace, device: torch.device) -> tuple[Task, PerceiverAR]:
+    """A model, ready to be used, and the task that it is for."""
+    if Path(args.ckpt).suffix == ".pt":
+        return load_checkpoint(args.ckpt, device)
+    model = from_pretrained(args.ckpt)
+    if not isinstance(model, PerceiverAR):
+        raise UserError(f"{args.ckpt} is for predict.py; generate.py needs a Perceiver AR")
+    if read_config(find_beside(args.ckpt, "config.json"))["model_type"] == "perceiver-ar-symbolic-audio-model":
+        return SymbolicMusic(Config("symbolic_music", model.config, MusicDataConfig())), model.to(device)
+    task = CausalLM(Config("causal_lm", model.config, TextDataConfig(holds_ids=True)))
+    args.tokenizer = args.tokenizer or find_beside(args.ckpt, "tokenizer.json")
+    if args.tokenizer is None:
+        raise UserError(f"{args.ckpt} comes without a tokenizer.json; give one with --tokenizer")
+    return task, model.to(device)
 
 
 def main(args: argparse.Namespace) -> None:
     for name in ("max_new_tokens", "num_samples"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
-    task, model = load_checkpoint(args.ckpt, init_ranks(args.device).device)
+    task, model = load(args, init_ranks(args.device).device)
     if type(task) not in GENERATORS:
         raise UserError(f"{args.ckpt} is a checkpoint of task {task.config.task}, for predict.py; generate.py needs a "
                         "Perceiver AR")
+    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+        raise UserError("--compile needs a C++ compiler: install g++, or name one by the environment variable CXX")
+    if args.dtype is not None:
+        model.to(getattr(torch, args.dtype))
     GENERATORS[type(task)](task, model, args)
 
 

@@ -8,22 +8,29 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from itertools import count
+from contextlib import contextmanager
+from itertools import count, pairwise
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import flow_to_image
 from tqdm import tqdm
 
 from perceiver import pictures
-from perceiver.architectures import MaskedLMConfig
+from perceiver.architectures import MaskedLMConfig, MultimodalAutoencoderConfig, OpticalFlowConfig
 from perceiver.config import Config
-from perceiver.data import ByteTokenizer, ImageDataConfig, MaskedTextDataConfig, image_transform, read_image
+from perceiver.data import (ByteTokenizer, FlowDataConfig, ImageDataConfig, MaskedTextDataConfig, VideoDataConfig,
+                            image_transform, read_frames, read_image, read_video, write_flo, write_sound, write_video)
+from perceiver.data.video import SUFFIXES, video_frames
 from perceiver.distributed import init_ranks
 from perceiver.errors import UserError, run_script
+from perceiver.flow import compute_flow
 from perceiver.pretrained import VARIANTS, load_weights, published_class_names, read_pretrained
-from perceiver.tasks import Classification, ImageClassification, MaskedLM, Task, TextClassification, load_checkpoint
+from perceiver.tasks import (Classification, ImageClassification, MaskedLM, MultimodalAutoencoding, OpticalFlow, Task,
+                             TextClassification, load_checkpoint)
 
 MASK = b"[MASK]"
 EPILOG = """\
@@ -38,6 +45,10 @@ masked language models
 
 text classifiers    INPUT is a text file, the model sees its beginning
 image classifiers   INPUT is an image file
+optical flow        INPUTs are two or more images, in their order, or a folder of images, or a video file. Written are
+                    pictures of how each moves to the next and, of two or more images, .flo files
+video autoencoders  INPUT is a video file, the model sees and hears its beginning. Printed are classes; written are a video
+                    and a picture of the original beside what the model makes of it, and the sound that it makes
 """
 
 
@@ -116,7 +127,61 @@ def classify_images(task: ImageClassification, model: nn.Module, args: argparse.
             save(task.attention(model, image, args.latents), name, args)
 
 
-PREDICTORS = {MaskedLM: fill_masks, TextClassification: classify_texts, ImageClassification: classify_images}
+def find_flow(task: OpticalFlow, model: nn.Module, args: argparse.Namespace) -> None:
+    """Pictures of the flow from each frame to the next, and .flo files if the frames were named one by one."""
+    if args.attention:
+        raise UserError("--attention is for texts and images; there is no picture of it over two frames")
+    for name, frames in frame_pairs(args.inputs):
+        flow = compute_flow(model, frames.to(args.device), task.config.model.input.frame_shape).cpu()  # (H, W, 2)
+        with output(args, f"{name}-flow.png") as path:
+            to_pil_image(flow_to_image(flow.movedim(-1, 0))).save(path)
+        if len(args.inputs) > 1:
+            with output(args, f"{name}-flow.flo") as path:
+                write_flo(path, flow)
+
+
+def frame_pairs(inputs: list[str]) -> Iterator[tuple[str, Tensor]]:
+    """A name, and a frame with the next one, (2, 3, H, W) in [-1, 1], of image files, a folder of them, or a video."""
+    source = Path(inputs[0])
+    if len(inputs) == 1 and source.suffix.lower() in SUFFIXES:
+        number = 0
+        for number, pair in enumerate(pairwise(tqdm(video_frames(source), unit=" frames")), 1):
+            yield f"{source.stem}-{number:05}", torch.stack(pair) / 127.5 - 1
+        if number == 0:
+            raise UserError(f"{source} has a single frame; optical flow is between two")
+        return
+    if len(inputs) == 1 and source.is_dir():
+        inputs = sorted(str(file) for file in source.iterdir() if file.suffix.lower() in Image.registered_extensions())
+    if len(inputs) < 2:
+        raise UserError(f"optical flow is between two images of one size, or more; {source} "
+                        f"{f'holds {len(inputs)}' if source.is_dir() else 'is one'}")
+    for (file, name), following in zip(progress(inputs[:-1]), inputs[1:]):
+        yield name, read_frames([file, following])
+
+
+def reconstruct_videos(task: MultimodalAutoencoding, model: nn.Module, args: argparse.Namespace) -> None:
+    """Classes, and the clip beside what the model makes of it: a video, a picture of some frames, the sound."""
+    rate, sample_rate = task.shape.frame_rate, task.shape.sample_rate
+    if args.attention:
+        raise UserError("--attention is for texts and images; there is no picture of it over a video")
+    for file, name in progress(args.inputs):
+        image, audio = read_video(file, task.shape)
+        if audio is None:
+            tell(f"{file} has no sound: the model gets silence")
+            audio = torch.zeros(task.shape.num_samples, 1)
+        image_again, audio_again, logits = task.reconstruct(model, image, audio)
+        say(file, *ranking(logits, task, args.top_k))
+        with output(args, f"{name}-reconstruction.png") as path:
+            to_pil_image(pictures.contact_sheet(image, image_again)).save(path)
+        with output(args, f"{name}-reconstruction.wav") as path:
+            write_sound(path, audio_again, sample_rate)
+        with output(args, f"{name}-reconstruction.mp4") as path:
+            both = pictures.enlarged(torch.cat((image, image_again), dim=-1), 448)
+            write_video(path, both, rate, audio_again, sample_rate)
+
+
+PREDICTORS = {MaskedLM: fill_masks, TextClassification: classify_texts, ImageClassification: classify_images,
+              OpticalFlow: find_flow, MultimodalAutoencoding: reconstruct_videos}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -132,6 +197,11 @@ def load(source: str, variant: str, device: torch.device) -> tuple[Task, nn.Modu
     load_weights(model, state, source)
     if isinstance(config, MaskedLMConfig):
         task = MaskedLM(Config("masked_lm", config, MaskedTextDataConfig()))
+    elif isinstance(config, OpticalFlowConfig):
+        task = OpticalFlow(Config("optical_flow", config, FlowDataConfig()))
+    elif isinstance(config, MultimodalAutoencoderConfig):
+        task = MultimodalAutoencoding(Config("multimodal_autoencoding", config, VideoDataConfig()))
+        task.class_names = published_class_names(source, config.input.num_classes)
     else:
         task = ImageClassification(Config("image_classification", config, ImageDataConfig(path=source)))  # as ImageNet
         task.class_names = published_class_names(source, config.num_classes)
@@ -159,7 +229,7 @@ def shorten(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def ranking(logits: Tensor, task: Classification, top_k: int) -> list[str]:
+def ranking(logits: Tensor, task: Task, top_k: int) -> list[str]:
     """Lines with the likeliest classes of logits (E,)."""
     top = logits.float().softmax(-1).topk(min(top_k, len(logits)))
     return [f"  {prob:7.2%}  {task.class_names[label] if task.class_names else f'class {label}'}"
@@ -167,11 +237,18 @@ def ranking(logits: Tensor, task: Classification, top_k: int) -> list[str]:
 
 
 def save(picture: Tensor, name: str, args: argparse.Namespace) -> None:
-    """Writes a picture (3, H, W) to the folder --out."""
-    path = Path(args.out) / f"{name}-attention.png"
+    """Writes a picture (3, H, W) of attention to the folder --out."""
+    with output(args, f"{name}-attention.png") as path:
+        to_pil_image(picture).save(path)
+
+
+@contextmanager
+def output(args: argparse.Namespace, name: str) -> Iterator[Path]:
+    """The file of this name in the folder --out, to be written."""
+    path = Path(args.out) / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        to_pil_image(picture).save(path)
+        yield path
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
     tell(f"wrote {path}")

@@ -70,7 +70,7 @@ def main(config: Config, ranks: Ranks) -> int:
     def save(path: Path) -> None:
         if ranks.is_main:
             checkpoint.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                             "best_loss": best_loss, "class_names": task.class_names, "config": to_dict(config)}, path)
+                             "best_loss": best_loss, "config": to_dict(config), **task.state()}, path)
 
     def evaluate() -> dict[str, float] | None:
         """Metrics on the whole validation set; None if a signal to stop came in between."""

@@ -1,6 +1,6 @@
 """How fast ours is beside another implementation at the same work.
 
-    python benchmarks/compare.py [--rows train-step decode] [--rounds 15] [--peer krasserm] [--peer-dir DIR]
+    python benchmarks/compare.py [--rows train-step decode ...] [--rounds 15] [--peer krasserm] [--peer-dir DIR]
 
 Each side lives in a process of its own (krasserm's package is called `perceiver` too) and does one unit of work at a
 time, in turns, so that whatever else the machine does hits both alike. Ratios are medians over pairs of neighbours in
@@ -15,8 +15,10 @@ What a unit is:
                 Hugging Face wrapper would add to that, and has no `generate` in transformers 5. Ours goes through
                 `Decoder`, as generate.py does. The encoding of the prompt is not part of it. Ours encodes anew every
                 256 tokens to stay exact, which krasserm's does not (it slides the cache, an approximation).
+    decode-compiled  the same, ours with generate.py's --compile
 A new row is a name in ROWS and a branch in each side; a new peer is a function like `krasserm`.
 The floor of `decode` is the time to read all weights and cached keys and values once, in the same run.
+decode.py has more of decoding, without a peer.
 """
 import argparse
 import json
@@ -32,13 +34,15 @@ import torch
 import torch.nn.functional as F
 
 PROMPT, PREFIX, TOKENS = 3500, 3072, 16  # decode: tokens before the first timed one, those that are prefix; timed ones
+DECODE = f"AR cached token: prompt {PROMPT} of T 4096, N 512, 512 channels, 8 layers, batch 1"
 ROWS = {  # name: what it is, the parameters that both models must have
     "train-step": ("AR training step: T 2048, N 512, 512 channels, 8 layers, batch 1, prefix dropout 0.5", 29_514_502),
     "fourier-forward": ("Perceiver IO, ImageNet Fourier, 224x224, batch 1: forward", 48_440_627),
     "fourier-train": ("Perceiver IO, ImageNet Fourier, 224x224, batch 1: training step", 48_440_627),
-    "decode": (f"AR cached token: prompt {PROMPT} of T 4096, N 512, 512 channels, 8 layers, batch 1", 30_563_078),
+    "decode": (DECODE, 30_563_078),
+    "decode-compiled": (f"{DECODE}, ours compiled", 30_563_078),
 }
-PEERS = {"krasserm": ("train-step", "decode"), "transformers": ("fourier-forward", "fourier-train"),
+PEERS = {"krasserm": ("train-step", "decode", "decode-compiled"), "transformers": ("fourier-forward", "fourier-train"),
          "ours": tuple(ROWS)}  # the rows that a peer can do
 INSTALL = "pip install --no-deps --ignore-requires-python --target {} perceiver-io einops fairscale"
 
@@ -60,9 +64,10 @@ def ours(row: str, device: str):
         return image_row(row, config.model.build().to(device), lambda model, images: model(images))
 
     model = PerceiverAR(PerceiverARConfig()).to(device).eval()
+    options = {"compile": True} if row == "decode-compiled" else {}  # older checkouts know no such option
 
     def unit():
-        decoder = Decoder(model, [prompt().tolist()], TOKENS + 1)
+        decoder = Decoder(model, [prompt().tolist()], TOKENS + 1, **options)
 
         def step():
             decoder.append(step.logits.argmax(-1))
@@ -128,8 +133,8 @@ def next_bytes(logits, device):
     return lambda: logits(tokens[:, :-1])[0], tokens[0, -512:]
 
 
-def prompt() -> torch.Tensor:
-    return torch.randint(262, (PROMPT,), generator=torch.Generator().manual_seed(0))
+def prompt(length: int = PROMPT) -> torch.Tensor:
+    return torch.randint(262, (length,), generator=torch.Generator().manual_seed(0))
 
 
 def training(model, logits, labels):
@@ -186,11 +191,15 @@ class Side:
         return json.loads(line) if line else sys.exit(f"{self.process.args} ended; its error is above")
 
 
-def decode_floor(num_parameters: int, device: str) -> float:
-    """Seconds to read once what a token needs, at the best of five passes over that much memory."""
-    unused = (4096 - 1) * 512  # position embeddings of other positions
-    cache = 2 * 512 * (PROMPT + TOKENS // 2 + 8 * (PROMPT + TOKENS // 2 - PREFIX))
-    memory = torch.ones((num_parameters - unused + cache) // 1024, 1024, device=device)  # float32
+def decode_size(num_parameters: int, batch_size: int = 1) -> int:
+    """Numbers that a token of a batch reads: all parameters but the positions of other tokens, the keys and values."""
+    keys = PROMPT + TOKENS // 2 + 8 * (PROMPT + TOKENS // 2 - PREFIX)
+    return num_parameters - (4096 - 1) * 512 + batch_size * 2 * 512 * keys
+
+
+def reading_time(size: int, device: str, dtype: torch.dtype = torch.float32) -> float:
+    """Seconds to read `size` numbers once, at the best of five passes over that much memory."""
+    memory = torch.ones(size // 1024, 1024, device=device, dtype=dtype)
     return min(timed(lambda: memory.sum(1), device) for _ in range(5))
 
 
@@ -232,8 +241,8 @@ def main() -> None:
         for i in range(args.rounds):
             order = sides if i % 2 else sides[::-1]  # who goes first alternates
             pairs.append([side(row)["seconds"] for side in order][:: 1 if i % 2 else -1])
-            if row == "decode":
-                floors.append(decode_floor(num_parameters, args.device))
+            if row.startswith("decode"):
+                floors.append(reading_time(decode_size(num_parameters), args.device))
         a, b = (f"{1e3 * median(times):.2f} ms" for times in zip(*pairs))
         low, ratio, high = quantiles((peer / mine for mine, peer in pairs), n=4)
         least = "|"

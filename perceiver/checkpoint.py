@@ -105,7 +105,7 @@ def check_resumable(old: dict, new: dict, source: Path, choice: str) -> None:
     changed += differences({"name": old["optim"]["name"]}, {"name": new["optim"]["name"]}, "optim")
     if changed:
         raise UserError(f"{source} does not fit: {', '.join(changed)}; {ELSEWHERE}")
-    where = [{name: config["data"].get(name) for name in ("dataset", "path")} for config in (old, new)]
+    where = [{name: config["data"].get(name) for name in ("dataset", "path", "tokenizer")} for config in (old, new)]
     if choice == "auto" and (changed := differences(*where, "data")):
         raise UserError(f"{source} does not fit: {', '.join(changed)}; {ELSEWHERE}, or train.resume={source} to go on "
                         "with this data")

@@ -29,12 +29,14 @@ class RunLog:
         for name, value in metrics.items():
             self.writer.add_scalar(f"{split}/{name}", value, step)
 
-    def show(self, step: int, things: dict[str, str | Tensor]) -> None:
-        """Texts, which are printed too, and pictures (3, H, W) of uint8."""
+    def show(self, step: int, things: dict[str, str | Tensor | tuple[Tensor, int]]) -> None:
+        """Texts, which are printed too, pictures (3, H, W) of uint8, and sounds (S, 1) with their sample rate."""
         for name, thing in things.items():
             if isinstance(thing, str):
                 print(f"----- {name}", thing, "-----", sep="\n")
                 self.writer.add_text(name, as_code(thing), step)
+            elif isinstance(thing, tuple):
+                self.writer.add_audio(name, thing[0].T, step, sample_rate=thing[1])
             else:
                 self.writer.add_image(name, thing, step)
         self.writer.flush()

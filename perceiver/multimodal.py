@@ -97,11 +97,14 @@ class MultimodalPerceiverIO(PerceiverIO):
         values = self.output_adapter(dict(zip(queries, parts)))
         return {name: outputs[name].join(x) if output_positions[name] is None else x for name, x in values.items()}
 
-    def reconstruct(self, inputs: dict[str, Tensor], num_chunks: int) -> dict[str, Tensor]:
-        """All outputs, computed in parts one after the other: the memory it takes is that of one part."""
-        x, latents = self.encode(inputs)
+    def decode_in_chunks(self, x: Tensor, latents: Tensor, num_chunks: int) -> dict[str, Tensor]:
+        """All outputs, computed in parts one after the other: beside them, the memory it takes is that of one part."""
         outputs = self.output_adapter.adapters
         chunks = [torch.arange(output.num_places, device=x.device).tensor_split(num_chunks)
                   for output in outputs.values()]
         parts = [self.decode(x, latents, dict(zip(outputs, positions))) for positions in zip(*chunks)]
         return {name: output.join(torch.cat([part[name] for part in parts], dim=1)) for name, output in outputs.items()}
+
+    def reconstruct(self, inputs: dict[str, Tensor], num_chunks: int) -> dict[str, Tensor]:
+        """`forward` with `decode_in_chunks`."""
+        return self.decode_in_chunks(*self.encode(inputs), num_chunks)

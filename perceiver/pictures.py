@@ -1,4 +1,4 @@
-"""Pictures of what a model looks at, the first cross-attention of an encoder over an image or a text; and of music.
+"""Pictures of what a model looks at, the first cross-attention of an encoder over an image or a text; of music, of samples.
 
 Attention is recomputed for them; neither training nor inference ever has it in memory. A picture is a tensor (3, H, W)
 of uint8, as TensorBoard and PNG take it.
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import flow_to_image, make_grid
 
 from perceiver.data import ByteTokenizer, Note
 
@@ -155,6 +156,23 @@ def characters(input_ids: list[int]) -> Iterator[tuple[str, int]]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Videos
+
+
+def enlarged(frames: Tensor, size: int) -> Tensor:
+    """Frames (T, 3, H, W) in [0, 1] as uint8, their pixels repeated if the longer side has fewer than `size`."""
+    scale = math.ceil(size / max(frames.shape[2:]))
+    return (255 * frames).round().byte().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+
+
+def contact_sheet(*clips: Tensor) -> Tensor:
+    """A row of at most 8 frames for each of the clips (T, 3, H, W) in [0, 1]."""
+    some = torch.linspace(0, len(clips[0]) - 1, min(8, len(clips[0]))).round().long()
+    frames = enlarged(torch.cat([clip[some] for clip in clips]), 96)
+    return make_grid(frames, nrow=len(some), padding=MARGIN // 4, pad_value=255)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Music
 
 GIVEN, NEW = (52, 101, 164), (222, 45, 38)  # blue, red
@@ -183,3 +201,32 @@ def piano_roll(notes: list[Note], num_given: int, max_width: int = 1280) -> Tens
         x, y = left + note.onset * scale, rows.index(note.pitch) * height
         draw.rectangle((x, y, max(x + 1, left + note.end * scale - 2), y + height - 2), colour)
     return TF.pil_to_tensor(canvas)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images that are completed
+
+
+def completions(images: Tensor, samples: Tensor) -> Tensor:
+    """A grid of images (n, C, H, W) of uint8: a row as they are, one without their lower halves, and one for each of K
+    `samples` (K, n, C, H, W). Small ones are enlarged."""
+    given, scale = images.clone(), math.ceil(96 / max(images.shape[2:]))
+    given[:, :, images.shape[2] // 2 :] = 128
+    tiles = torch.cat((images, given, samples.flatten(0, 1))).expand(-1, 3, -1, -1)
+    return make_grid(tiles.repeat_interleave(scale, 2).repeat_interleave(scale, 3), len(images), 4, pad_value=255)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optical flow
+
+
+def flow_rows(frames: Tensor, *flows: Tensor) -> Tensor:
+    """A row for each of the frames (B, 3, H, W) in [-1, 1]: the frame, then each of the flows (B, H, W, 2) in colours
+    that tell the direction; the fuller, the further, on one scale for the row. Small frames are enlarged."""
+    rows = []
+    for frame, *fields in zip(frames, *flows):
+        colours = flow_to_image(torch.stack(fields).movedim(-1, 1).float())  # divides by the largest of them all
+        rows.append(torch.cat(((127.5 * (frame[None] + 1)).round().byte(), colours)))  # (1 + flows, 3, H, W)
+    scale = math.ceil(160 / max(frames.shape[2:]))
+    tiles = torch.cat(rows).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    return make_grid(tiles, nrow=1 + len(flows), padding=MARGIN // 2, pad_value=255)

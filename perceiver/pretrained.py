@@ -358,6 +358,14 @@ def find_weights(name_or_path: str | os.PathLike) -> Path:
     raise UserError(f"{name_or_path} is no file or folder here, and on huggingface.co it has no {' or '.join(FILES)}")
 
 
+def find_beside(name_or_path: str | os.PathLike, file: str) -> Path | None:
+    """A file that is published with the weights, downloaded if need be; None if there is none."""
+    path = find_weights(name_or_path).with_name(file)
+    if not path.is_file() and not Path(name_or_path).exists():
+        return download(str(name_or_path), file)
+    return path if path.is_file() else None
+
+
 def read_config(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

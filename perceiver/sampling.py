@@ -21,6 +21,21 @@ def split(num_tokens: int, max_seq_len: int, num_latents: int, stride: int) -> t
     return max(0, first_latent - (max_seq_len - num_latents)), first_latent
 
 
+def decode_step(model: PerceiverAR, cache: KVCache, tokens: Tensor) -> Tensor:
+    """Logits (B, V) after one more token (B,) of every sequence, when the cache has advanced."""
+    return model(tokens[:, None], cache=cache)[:, -1]
+
+
+def compiled_step(device: torch.device):
+    """`decode_step` by torch.compile: on CUDA one graph of kernels; on the CPU a few C++ loops, which takes a compiler
+    and some 20 seconds when the first token is decoded."""
+    torch._dynamo.config.recompile_limit = 64  # a graph for every number of keys read, batch size and kind of model
+    if device.type == "cuda":
+        return torch.compile(decode_step, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    # The option keeps what is before a product out of its loop, to be computed once and not for every row of weights.
+    return torch.compile(decode_step, fullgraph=True, dynamic=False, options={"realize_opcount_threshold": 0})
+
+
 class Decoder:
     """Sequences that grow token by token, and the model's logits of what comes next.
 
@@ -29,15 +44,19 @@ class Decoder:
     """
 
     def __init__(self, model: PerceiverAR, prompts: list[list[int]], max_new_tokens: int, stride: int | None = None,
-                 kv_cache: bool = True):
+                 kv_cache: bool = True, compile: bool = False):
         """`stride` (1 .. N, default N / 2 as in Google's sampler) is the number of tokens between two re-encodings.
+        `compile` is for the steps with a cache; see `compiled_step`.
 
-        Raises ValueError for an empty prompt, a token outside the vocabulary or a stride outside 1 .. N.
+        Raises ValueError for an empty prompt, a token outside the vocabulary, a stride outside 1 .. N or `compile`
+        without a cache.
         """
         c, device = model.config, model.token_embedding.weight.device
         self.model, self.stride = model, max(1, c.num_latents // 2) if stride is None else stride
         if not 1 <= self.stride <= c.num_latents:
             raise ValueError(f"stride={stride} must be between 1 and num_latents={c.num_latents}")
+        if compile and not kv_cache:
+            raise ValueError("only decoding with a key/value cache can be compiled")
         if not prompts or not all(prompts):
             raise ValueError("a prompt needs at least one token")
         if not all(0 <= token < c.vocab_size for prompt in prompts for token in prompt):
@@ -47,7 +66,8 @@ class Decoder:
         for row, prompt in zip(self.tokens, prompts):
             row[: len(prompt)] = torch.tensor(prompt)
         self.rows = torch.arange(len(prompts), device=device)
-        self.cache = KVCache(model, len(prompts)) if kv_cache else None
+        self.cache = KVCache(model, len(prompts), static=compile) if kv_cache else None
+        self.step = compiled_step(device) if compile else decode_step
         self.cached = [None] * len(prompts)  # (first token, first latent) that a row's cache was made for
 
     def append(self, tokens: Tensor) -> None:
@@ -66,7 +86,7 @@ class Decoder:
             # Rows that are stale come along, for the shape's sake, and are made anew below.
             self.cache.advance()
             newest = self.tokens[self.rows, self.tokens.new_tensor(self.lengths) - 1]  # (B,)
-            logits = self.model(newest[:, None], cache=self.cache)[:, -1]
+            logits = self.step(self.model, self.cache, newest)
 
         groups: dict[tuple[int, int], list[int]] = {}  # rows of one shape are encoded together
         for row in stale:
@@ -104,7 +124,7 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | Non
 
 def generate(model: PerceiverAR, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, seed: int = 0, stride: int | None = None,
-             kv_cache: bool = True) -> Iterator[Tensor]:
+             kv_cache: bool = True, compile: bool = False) -> Iterator[Tensor]:
     """An iterator over the next token (B,) of every prompt, `max_new_tokens` times.
 
     Prompts may differ in length, from one token to far beyond the context, of which the model then sees the end. Row b
@@ -120,7 +140,7 @@ def generate(model: PerceiverAR, prompts: list[list[int]], max_new_tokens: int, 
         raise ValueError(f"seed={seed} must be from 0 to 2^63 - 1")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p} must be in (0, 1]")
-    decoder = Decoder(model, prompts, max_new_tokens, stride, kv_cache)
+    decoder = Decoder(model, prompts, max_new_tokens, stride, kv_cache, compile)
     uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed + row))
                            for row in range(len(prompts))]).to(decoder.tokens.device)  # (B, max_new_tokens)
 

@@ -193,7 +193,7 @@ def test_pieces_are_all_of_a_file_but_a_short_rest(tmp_path):
     ({"a.txt": "x"}, "no class folders"),
     ({"a/1.txt": "x", "a/2.txt": "x"}, "no class folders"),
     ({"a/1.txt": "x", "b/1.md": "x"}, "b holds no .txt files"),
-    ({"a/1.txt": "x", "b/1.txt": "x"}, "a holds one text"),
+    ({"a/1.txt": "x", "b/1.txt": "x"}, "a holds one file"),
     ({"train/a/1.txt": "x", "train/b/1.txt": "x", "val/a/1.txt": "x", "val/c/1.txt": "x"}, "the same classes"),
 ])
 def test_mistakes_in_folders_are_named(tmp_path, texts, message):

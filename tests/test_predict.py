@@ -4,6 +4,8 @@ import re
 import runpy
 import shutil
 import sys
+import wave
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +14,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision.utils import flow_to_image
 
 from conftest import GOLDEN, ROOT, run_script, run_train
 from perceiver import checkpoint
 from perceiver.config import from_dict, to_dict
-from perceiver.data import ByteTokenizer
+from perceiver.data import ByteTokenizer, ClipShape, frame_rate, read_video, video_frames, write_video
+from perceiver.data.flow import read_flo
+from perceiver.flow import compute_flow
 from perceiver.pretrained import from_pretrained
 from perceiver.tasks import TASKS
 
@@ -222,6 +227,145 @@ def test_images_with_our_checkpoints(folder, predict):
     assert lines[5] == str(folder / "grey.png") and len(lines) == 10
     assert found == [f"class {i}" for i in probs.argsort(descending=True)]
     torch.testing.assert_close(torch.tensor(shown), probs.sort(descending=True).values, atol=6e-5, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optical flow
+
+
+FLOW = GOLDEN / "optical-flow"  # takes frames of 56x40
+
+
+@pytest.fixture(scope="module")
+def frames(tmp_path_factory):
+    """A folder of three frames of 70x48, what moves in them does so smoothly."""
+    folder = tmp_path_factory.mktemp("frames")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (10, 14, 3), np.uint8)).resize((80, 60), 3)
+    for n in range(3):
+        image.crop((n, 2 * n, n + 70, 2 * n + 48)).save(folder / f"{n}.png")
+    (folder / "notes.txt").write_text("not a frame")
+    return folder
+
+
+@torch.inference_mode()
+def flow_of(model, frames, numbers, tile):
+    pair = [torch.from_numpy(np.array(Image.open(frames / f"{n}.png"))).movedim(-1, 0) / 127.5 - 1 for n in numbers]
+    return compute_flow(model, torch.stack(pair), tile)
+
+
+def picture(file):
+    return torch.from_numpy(np.array(Image.open(file))).movedim(-1, 0)
+
+
+@pytest.mark.parametrize("variant", ["deepmind", "transformers"])
+def test_flow_between_images(frames, predict, tmp_path, variant):
+    result = predict(FLOW, *(frames / f"{n}.png" for n in (2, 0, 1)), "--variant", variant)
+    assert result.code == 0 and result.out == "" and "2/2" in result.err
+    assert all(f"wrote predictions/{n}-flow.{kind}" in result.err for n in (2, 0) for kind in ("flo", "png"))
+    model = from_pretrained(FLOW, variant)
+    for numbers in ((2, 0), (0, 1)):
+        expected = flow_of(model, frames, numbers, (40, 56))
+        flow, valid = read_flo(tmp_path / "predictions" / f"{numbers[0]}-flow.flo")
+        torch.testing.assert_close(flow, expected)
+        assert valid.all() and flow.shape == (48, 70, 2) and flow.std() > 0.05
+        assert torch.equal(picture(tmp_path / "predictions" / f"{numbers[0]}-flow.png"),
+                           flow_to_image(flow.movedim(-1, 0)))
+
+
+def test_flow_of_folders_and_videos_by_our_checkpoints(frames, predict, tmp_path):
+    ckpt, model = new_checkpoint(tmp_path / "flow.pt", "optical_flow", None, {
+        "decoder": {"num_cross_attention_heads": 1, "cross_attention_residual": False},
+        "input": {"frame_shape": [40, 60], "num_feature_channels": 8, "num_frequency_bands": 2}})
+    assert predict(ckpt, frames, "--out", "a").code == 0
+    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == ["0-flow.png", "1-flow.png"]
+    assert torch.equal(picture(tmp_path / "a" / "1-flow.png"),
+                       flow_to_image(flow_of(model, frames, (1, 2), (40, 60)).movedim(-1, 0)))
+
+    video = torch.stack([picture(frames / f"{n}.png") for n in range(3)])
+    write_video(tmp_path / "clip.mp4", video, Fraction(25))
+    result = predict(ckpt, tmp_path / "clip.mp4", "--out", "b")
+    assert result.code == 0 and "3 frames" in result.err
+    names = ["clip-00001-flow.png", "clip-00002-flow.png"]
+    assert sorted(file.name for file in (tmp_path / "b").iterdir()) == names
+    assert picture(tmp_path / "b" / names[1]).shape == (3, 48, 70)
+
+
+def test_mistakes_in_frames_are_one_line_and_exit_code_2(frames, predict, tmp_path):
+    Image.new("RGB", (70, 47)).save(tmp_path / "other.png")
+    (tmp_path / "cut.png").write_bytes((frames / "0.png").read_bytes()[:900])
+    (tmp_path / "empty").mkdir()
+    write_video(tmp_path / "still.mp4", torch.zeros(1, 3, 48, 70, dtype=torch.uint8), Fraction(25))
+    (tmp_path / "broken.mp4").write_bytes(b"nothing")
+    assert fails(predict(FLOW, frames / "0.png"), "between two images", "0.png is one")
+    assert fails(predict(FLOW, tmp_path / "empty"), "empty holds 0")
+    assert fails(predict(FLOW, frames / "0.png", tmp_path / "other.png"), "other.png is 70x47", "0.png 70x48")
+    assert fails(predict(FLOW, frames / "0.png", tmp_path / "cut.png"), "cannot read", "cut.png")
+    assert fails(predict(FLOW, frames / "0.png", tmp_path / "nowhere.png"), "cannot read", "nowhere.png", "No such file")
+    assert fails(predict(FLOW, frames / "0.png", frames / "1.png", "--attention"), "--attention is for texts and images")
+    for video, message in (("still.mp4", "a single frame"), ("broken.mp4", "cannot read")):
+        result = predict(FLOW, tmp_path / video)
+        assert result.code == 2 and re.search(f"^error: .*{message}.*$", result.err.replace("\r", "\n"), re.MULTILINE)
+        assert "Traceback" not in result.err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Videos
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A video of a second, 24 x 20, with sound."""
+    file = tmp_path_factory.mktemp("videos") / "clip.mp4"
+    frames = torch.randint(256, (10, 3, 1, 1), dtype=torch.uint8).expand(-1, -1, 20, 24)
+    write_video(file, frames, Fraction(10), torch.rand(8000, 1) - 0.5, 8000)
+    return file
+
+
+VIDEO_MODEL = {"num_output_channels": 12, "input": {
+    "image_shape": [5, 16, 16, 3], "num_image_bands": 2, "num_audio_samples": 4000, "samples_per_patch": 8,
+    "num_audio_bands": 2, "num_classes": 3}}
+
+
+def test_videos_are_reconstructed(clip, predict, tmp_path):
+    ckpt, model = new_checkpoint(tmp_path / "video.pt", "multimodal_autoencoding", ["run", "sit", "swim"], VIDEO_MODEL,
+                                 {"sample_rate": 8000, "num_chunks": 7})
+    result = predict(ckpt, clip, clip, "--top-k", "2")
+    assert result.code == 0 and "wrote predictions/clip-2-reconstruction.mp4" in result.err
+    image, audio = read_video(clip, ClipShape((5, 16, 16, 3), 4000, 8000))
+    with torch.inference_mode():
+        again = model({"image": image[None], "audio": audio[None], "label": torch.zeros(1, 3)})
+    names, probs = ranking(result.out.splitlines()[1:3])
+    expected = again["label"].softmax(-1)[0].topk(2)
+    assert names == [["run", "sit", "swim"][n] for n in expected.indices]
+    assert probs == pytest.approx(expected.values.tolist(), abs=1e-4)
+    with wave.open("predictions/clip-reconstruction.wav") as file:
+        sound = np.frombuffer(file.readframes(4000), "<i2") / 32767
+    np.testing.assert_allclose(sound, again["audio"][0, :, 0].clamp(-1, 1), atol=1e-3)
+    frames = torch.stack(list(video_frames("predictions/clip-reconstruction.mp4")))
+    assert frames.shape == (5, 3, 224, 448) and frame_rate("predictions/clip-reconstruction.mp4") == 10
+    assert (frames[..., 6:-230].float().mean((2, 3)) - 255 * image.mean((2, 3))).abs().max() < 8  # the original is left
+    means = again["image"][0].clamp(0, 1).mean((2, 3))
+    assert (frames[..., 224:].float().mean((2, 3)) - 255 * means).abs().max() < 12
+    with Image.open("predictions/clip-reconstruction.png") as sheet:
+        assert sheet.size == (4 + 5 * (96 + 4), 4 + 2 * (96 + 4))
+
+
+def test_videos_with_official_weights(clip, predict, tmp_path):
+    result = predict(GOLDEN / "multimodal", clip, "--out", tmp_path / "out")
+    assert result.code == 0 and len(list((tmp_path / "out").iterdir())) == 3
+    assert len(result.out.splitlines()) == 6 and re.search(r"^ +[\d.]+%  class \d+$", result.out, re.MULTILINE)
+
+
+def test_mistakes_with_videos(clip, predict, tmp_path, monkeypatch):
+    write_video(tmp_path / "silent.mp4", torch.zeros(3, 3, 16, 16, dtype=torch.uint8), Fraction(25))
+    official = GOLDEN / "multimodal"
+    result = predict(official, tmp_path / "silent.mp4")
+    assert result.code == 0 and f"{tmp_path}/silent.mp4 has no sound: the model gets silence\n" in result.err
+    (tmp_path / "cut.mp4").write_bytes(clip.read_bytes()[:1000])
+    assert fails(predict(official, tmp_path / "cut.mp4"), "cannot read", "cut.mp4")
+    assert fails(predict(official, clip, "--attention"), "--attention")
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert fails(predict(official, clip), "pip install av")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Published weights: against DeepMind's own outputs and the Hugging Face port; what can be wrong with files."""
+import dataclasses
 import http.server
 import json
 import os
@@ -15,9 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from conftest import GOLDEN, run_script
-from perceiver import pretrained
+from perceiver import checkpoint, pretrained
+from perceiver.config import from_dict, to_dict
 from perceiver.errors import UserError
 from perceiver.pretrained import from_pretrained, load_weights, perceiver_ar, read_config, read_pretrained
+from perceiver.tasks import TASKS
 
 SMALL = dict(num_latents=6, d_latents=32, num_self_attends_per_block=2, num_self_attention_heads=4)
 FULL = dict(num_latents=512, d_latents=1024, num_self_attends_per_block=6, num_self_attention_heads=8, num_blocks=8,
@@ -273,6 +276,32 @@ def test_krasserms_code_itself(tmp_path, config):
     assert_equal_to_the_peer(tmp_path)
 
 
+def test_training_starts_from_a_whole_perceiver_ar(tmp_path):
+    """Of published weights or a checkpoint; with as many latents as one likes."""
+    golden = GOLDEN / "krasserm" / "hf-clm"
+    small = dataclasses.asdict(read_pretrained(golden)[0])
+
+    def started(source: Path, **changes) -> nn.Module:
+        values = {"task": "causal_lm", "model": small | {"init_from": str(source)} | changes, "data": {"holds_ids": True}}
+        config = from_dict(values, TASKS)
+        task = TASKS["causal_lm"](config)
+        model = task.build_model()
+        assert not torch.equal(model.token_embedding.weight, weights["token_embedding.weight"])
+        task.initialise(model)
+        checkpoint.save({"model": model.state_dict(), "optimizer": {}, "step": 0, "config": to_dict(config)},
+                        tmp_path / "last.pt")
+        return model
+
+    weights = from_pretrained(golden).state_dict()
+    for model in (started(golden, num_latents=6), started(tmp_path / "last.pt", num_latents=7)):
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    for changes, message in ((dict(num_heads=4), "model.num_heads was 2, is 4"),
+                             (dict(max_seq_len=20), "position_embedding.weight"),
+                             (dict(init_from=str(GOLDEN / "masked-lm")), "model.vocab_size was None, is 19")):
+        with pytest.raises(UserError, match=message):
+            started(golden, **changes)
+
+
 @pytest.mark.parametrize("fields, count", [(CLM_BASE, 453_950_720), (GIANT_MIDI, 134_840_832)])
 def test_krasserms_models_have_the_published_sizes(fields, count):
     published = read_config(GOLDEN / "krasserm" / "hf-clm" / "config.json")["model_config"]
@@ -318,18 +347,15 @@ def test_published_logits_of_the_image_classifiers(tmp_path, name, expected):
 
 @pytest.mark.network
 @torch.inference_mode()
-def test_published_flow(tmp_path):
-    """transformers' test of PerceiverForOpticalFlow: a frame of Sintel twice."""
+def test_published_weights_find_how_far_an_image_was_moved(tmp_path):
     from PIL import Image
     from torchvision.transforms.v2.functional import pil_to_tensor
-    url = "https://storage.googleapis.com/perceiver_io/sintel_frame1.png"
+    url = "https://storage.googleapis.com/perceiver_io/sintel_frame1.png"  # of DeepMind's colab, 1024x436
     torch.hub.download_url_to_file(url, str(tmp_path / "frame.png"))
-    frame = pil_to_tensor(Image.open(tmp_path / "frame.png").convert("RGB").resize((496, 368))) / 127.5 - 1
-    flow = from_pretrained("deepmind/optical-flow-perceiver", "transformers")(frame.expand(1, 2, -1, -1, -1)) / 20
-    expected = torch.tensor([[[0.0025, -0.0050], [0.0025, -0.0049], [0.0025, -0.0048]],
-                             [[0.0026, -0.0049], [0.0026, -0.0048], [0.0026, -0.0047]],
-                             [[0.0026, -0.0049], [0.0026, -0.0048], [0.0026, -0.0046]]])
-    torch.testing.assert_close(flow[0, :3, :3], expected, atol=1e-4, rtol=0)
+    image = pil_to_tensor(Image.open(tmp_path / "frame.png").convert("RGB")) / 127.5 - 1
+    frames = torch.stack((image[:, :368, :496], image[:, 3:371, 5:501]))
+    flow = from_pretrained("deepmind/optical-flow-perceiver")(frames[None])
+    torch.testing.assert_close(flow[0].flatten(0, 1).median(0).values, torch.tensor([-5.0, -3.0]), atol=0.3, rtol=0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,10 @@
+import os
+import shutil
+
 import pytest
 import torch
 
+from perceiver import sampling
 from perceiver.sampling import Decoder, choose, generate, split
 from test_model import GOOGLE, small_model, tokens
 
@@ -47,6 +51,68 @@ def test_cached_equals_uncached(options, stride, lengths):
         best = logits.argmax(-1)
         for decoder, token in ((cached, best), (uncached, best), *zip(singles, best[:, None])):
             decoder.append(token)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """`compile=True` prepares everything for torch.compile, which is left out."""
+    monkeypatch.setattr(sampling, "compiled_step", lambda device: sampling.decode_step)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(latent_keys="q_norm"), GOOGLE])
+@pytest.mark.parametrize("lengths", [[5], [1, 7, 24, 40]])
+def test_the_step_that_is_compiled_equals_the_uncached_model(uncompiled, options, lengths):
+    check_compiled(small_model(**options), [tokens(length).tolist() for length in lengths], 2 * T)
+
+
+def check_compiled(model, prompts, steps) -> Decoder:
+    static, uncached = (Decoder(model, prompts, steps, compile=compile, kv_cache=compile) for compile in (True, False))
+    for _ in range(steps):
+        logits = uncached.logits()
+        assert (static.logits() - logits).abs().max() < 1e-10
+        for decoder in (static, uncached):
+            decoder.append(logits.argmax(-1))
+    return static
+
+
+def test_a_compiled_step_reads_few_numbers_of_keys(uncompiled):
+    """512 keys, then the next power of two, then all: each is a graph that takes seconds to make."""
+    decoder = Decoder(small_model(max_seq_len=1500), [tokens(505).tolist()], 1_000, compile=True)
+    limits = []
+    for _ in range(1_000):
+        decoder.append(decoder.logits().argmax(-1))
+        limits.append(getattr(decoder.cache.cross_slots, "limit", None))
+    assert list(dict.fromkeys(limits)) == [None, 512, 1024, 1500]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_step_is_compiled_once():
+    """A graph without breaks, of float64, for sequences of different lengths and for the next model of its shape."""
+    for seed in (0, 1):
+        model = small_model(num_self_attention_layers=1, num_rotary_layers=1)
+        with torch.no_grad():
+            model.token_embedding.weight.mul_(1 + seed)
+        torch._dynamo.utils.counters.clear()
+        check_compiled(model, [tokens(length).tolist() for length in (3, 9)], 2 * T)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 - seed
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_bfloat16_is_as_exact_with_a_cache_as_without(uncompiled, compile):
+    exact, model = small_model(init_scale=0.1), small_model(init_scale=0.1).bfloat16()
+    prompts = [tokens(length).tolist() for length in (5, 30)]
+    decoders = [Decoder(exact, prompts, 40), Decoder(model, prompts, 40, kv_cache=False),
+                Decoder(model, prompts, 40, compile=compile)]
+    assert decoders[2].cache.cross[0].dtype == torch.bfloat16
+    errors = []
+    for _ in range(40):
+        expected, *rounded = (decoder.logits() for decoder in decoders)
+        errors.append([(logits - expected).square().mean() for logits in rounded])
+        for decoder in decoders:
+            decoder.append(expected.argmax(-1))
+    uncached, cached = torch.tensor(errors).mean(0).sqrt()
+    assert 0 < cached < 1.2 * uncached
 
 
 def test_stride_one_is_the_model_with_all_latents_at_every_step():

@@ -1,21 +1,33 @@
 """What the tasks learn, trained from the command line as a user would; and the sizes of the recipes."""
 import re
-import struct
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from sklearn.datasets import load_digits
 
 from conftest import ROOT, read_metrics, run_script
+from digits import write_digits
 from perceiver import checkpoint
 from perceiver.config import load_config
 from perceiver.tasks import TASKS
 
-SIZES = {"clm_wikitext103": 30_563_078, "mlm_paper": 201_108_230, "mnist": 907_212, "imagenet_fourier": 48_440_627,
-         "imagenet_learned": 62_255_848, "imagenet_conv": 48_646_522, "imagenet_perceiver": 44_912_254,
-         "copy_8k": 89_757_955, "copy_131k": 89_757_955}
+SIZES = {
+    "clm_wikitext103": 30_563_078,
+    "clm_c4": 453_950_720,
+    "copy_8k": 89_757_955,
+    "copy_131k": 89_757_955,
+    "flow_chairs": 41_057_134,
+    "flow_kitti": 41_057_134,
+    "flow_sintel": 41_057_134,
+    "imagenet_conv": 48_646_522,
+    "imagenet_fourier": 48_440_627,
+    "imagenet_learned": 62_255_848,
+    "imagenet_perceiver": 44_912_254,
+    "mlm_paper": 201_108_230,
+    "mnist": 907_212,
+    "music_giantmidi": 134_840_832,
+    "music_maestro": 28_531_712,
+}
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 
 
@@ -42,15 +54,7 @@ def accuracy(run: Path) -> float:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
-    """scikit-learn's digits, 8x8, as MNIST's files: 1437 for training, 360 for testing."""
-    folder, data = tmp_path_factory.mktemp("digits"), load_digits()
-    images, order = (data.images * 255 / 16).astype(np.uint8), np.random.default_rng(0).permutation(len(data.images))
-    for part, numbers in (("train", order[:1437]), ("t10k", order[1437:])):
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(
-            struct.pack(">4i", 0x803, len(numbers), 8, 8) + images[numbers].tobytes())
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">2i", 0x801, len(numbers)) + data.target[numbers].astype(np.uint8).tobytes())
-    return folder
+    return write_digits(tmp_path_factory.mktemp("digits"))
 
 
 def test_digits_are_learned(digits, tmp_path):

@@ -80,6 +80,7 @@ def read_midi(file: str | Path) -> list[Note]:
     notes = []
     down = defaultdict(deque)  # onsets and velocities of keys that are down, by (track, channel, pitch), oldest first
     ringing = defaultdict(list)  # of released keys that the pedal holds, by (channel, pitch)
+    struck = {}  # the newest onset by (channel, pitch)
     pedals = set()  # channels whose pedal is down
     now, last_tick, tempo = 0, 0, 500_000  # time in microseconds x ticks per beat, so that nothing is ever rounded
     seconds = 0.0
@@ -97,7 +98,8 @@ def read_midi(file: str | Path) -> list[Note]:
             if message.type == "note_on" and message.velocity > 0:
                 stop(message.note, ringing.pop(key, ()))
                 keys.append((seconds, message.velocity))
-            elif keys and message.channel in pedals:
+                struck[key] = seconds
+            elif keys and message.channel in pedals and keys[0][0] == struck[key]:
                 ringing[key].append(keys.popleft())
             elif keys:
                 stop(message.note, [keys.popleft()])
@@ -135,9 +137,9 @@ def write_midi(file: str | Path, notes: list[Note]) -> None:
 def encode(notes: list[Note]) -> np.ndarray:
     """Events (n,), uint16, of notes in any order.
 
-    Unlike krasserm's code, which the same vocabulary comes from: each time is rounded by itself, to 10 ms, so that errors
-    don't add up; a velocity is written only where it changes; and no note is lost. So its losses per event do not
-    compare exactly with losses here.
+    Three things differ from krasserm's code, whose ids these are: times are rounded to 10 ms each by itself, so that
+    errors don't add up; a velocity is written only where it changes; and notes after the last pedal are not lost. So
+    losses per event of the two do not compare exactly.
     """
     steps, ids, velocity_bin = [], [], None
     for step, begins, pitch, velocity in changes(notes):
@@ -185,7 +187,7 @@ def decode(events: Iterable[int]) -> list[Note]:
     onsets, pitches, velocities, ends = [], [], [], {}  # of notes by number
     sounding = defaultdict(deque)  # numbers of notes by pitch, oldest first
     step, velocity = 0, 66
-    for event in events:
+    for event in map(int, events):  # numpy's small ones would overflow
         if event < NOTE_OFF:
             sounding[event].append(len(onsets))
             onsets.append(step)
@@ -208,7 +210,7 @@ def transpose(events: np.ndarray, semitones: int) -> np.ndarray:
     if not is_note.any():
         return events
     pitches = events[is_note] % NOTE_OFF
-    return events + is_note * np.clip(semitones, -pitches.min(), 127 - pitches.max())
+    return events + is_note * np.clip(semitones, -int(pitches.min()), 127 - int(pitches.max()))
 
 
 def stretch(events: np.ndarray, factor: float) -> np.ndarray:
@@ -253,7 +255,7 @@ GENERATED = 1000, 20  # pieces for training and for validation
 
 
 def load_music(config: MusicDataConfig) -> tuple[Tokens, Tokens]:
-    """The training and the validation corpus: events of pieces, a PAD after each. Raises UserError if there are none."""
+    """The corpora for training and validation: events of pieces, a PAD after each. Raises UserError if there are none."""
     if config.path is None and config.dataset == "generated":
         train, val = (join(encode(compose(seed)) for seed in seeds)
                       for seeds in (range(GENERATED[0]), range(GENERATED[0], sum(GENERATED))))
@@ -296,11 +298,13 @@ def midi_files(folder: Path) -> list[Path]:
 
 
 def encoded(folder: Path, part: str, files: list[Path], config: MusicDataConfig) -> Tokens:
-    """The corpus of MIDI files, kept in `cache_dir` for as long as they are the same. Files that cannot be read, or hold
-    no notes, are left out, each with a line that says why."""
-    with reading(folder):
-        described = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    digest = hashlib.sha256(repr(described).encode()).hexdigest()[:12]
+    """The corpus of MIDI files, kept in `cache_dir` for as long as they are the same. Files that cannot be read, or
+    hold no notes, are left out, each with a line that says why."""
+    known = []  # by which changes are seen
+    for file in files:
+        with reading(file):
+            known.append((str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns))
+    digest = hashlib.sha256(repr(known).encode()).hexdigest()[:12]
     cache = Path(config.cache_dir) / f"{folder.resolve().name}-{part}-{digest}.npy"
     if not cache.exists():
         import_mido()

@@ -76,7 +76,8 @@ class TextDataConfig(LoaderConfig):
     bin_dtype: str = "uint16"  # of the ids in a .bin file: uint8 or uint16
     cache_dir: str = "data"  # where a dataset is looked for, and downloaded to if it is not there
     val_fraction: float = 0.05  # share held out for validation: files of a folder, or the end of a file
-    max_val_tokens: int = 1_000_000  # validation uses this many at most, from the first
+    max_val_tokens: int = 1_000_000  # validation uses this many at most, from the first; of a text, bytes
+    tokenizer: str | None = None  # a tokenizer.json, for causal_lm; null: bytes
     holds_ids: bool | None = None  # whether the data is token ids, not text; null: as the ending of the file says
 
     def __post_init__(self):
@@ -340,6 +341,7 @@ class MaskedTextDataConfig(TextDataConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        require(self.tokenizer is None, f"tokenizer={self.tokenizer} is for causal_lm; words are masked byte by byte")
         require(0 < self.mask_prob <= 1, f"mask_prob={self.mask_prob} must be in (0, 1]")
         require(self.unmasked_weight >= 0, f"unmasked_weight={self.unmasked_weight} must not be negative")
 
@@ -457,36 +459,51 @@ def load_labelled_text(config: TextClassificationDataConfig, max_seq_len: int) -
     """Texts for training and for validation. Raises UserError if they are not there or their classes differ."""
     stdlib = config.path is None and config.dataset == "stdlib"
     if stdlib:
-        source = Path(sysconfig.get_path("stdlib"))
-        classes = stdlib_packages(source)
+        train, val = hold_out_of_each(stdlib_packages(Path(sysconfig.get_path("stdlib"))), config.val_fraction)
     else:
         source = fetch(config.dataset, Path(config.cache_dir)) if config.path is None else Path(config.path)
-        if not source.is_dir():
-            raise UserError(f"data.path={source} is not a folder; it must be one with CLASS/*.txt, or train and val")
-        held_out = next((source / name for name in ("val", "test") if (source / name).is_dir()), None)
-        if held_out is not None and (source / "train").is_dir():
-            train, val = class_files(source / "train"), class_files(held_out)
-            if train.keys() != val.keys():
-                raise UserError(f"{source / 'train'} and {held_out} must hold the same classes, not "
-                                f"{', '.join(train)} and {', '.join(val)}")
-            return LabelledText(train, max_seq_len), LabelledText(val, max_seq_len)
-        classes = class_files(source)
+        train, val = labelled_files(source, (".txt",), config.val_fraction)
+    return (LabelledText(train, max_seq_len, pieces=stdlib), LabelledText(val, max_seq_len, pieces=stdlib))
+
+
+def labelled_files(source: Path, suffixes: tuple[str, ...], val_fraction: float
+                   ) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    """Files by class for training and for validation: in source/CLASS, or in its folders train and val (or test).
+
+    Raises UserError if they are not there or the classes of the two differ.
+    """
+    if not source.is_dir():
+        raise UserError(f"data.path={source} is not a folder; it must be one with CLASS/*{suffixes[0]}, or train and val")
+    held_out = next((source / name for name in ("val", "test") if (source / name).is_dir()), None)
+    if held_out is not None and (source / "train").is_dir():
+        train, val = class_files(source / "train", suffixes), class_files(held_out, suffixes)
+        if train.keys() != val.keys():
+            raise UserError(f"{source / 'train'} and {held_out} must hold the same classes, not "
+                            f"{', '.join(train)} and {', '.join(val)}")
+        return train, val
+    classes = class_files(source, suffixes)
     for name, files in classes.items():
         if len(files) < 2:
-            raise UserError(f"{source / name} holds one text; it needs two, one of them for validation")
-    split = {name: hold_out(files, config.val_fraction) for name, files in classes.items()}
-    return (LabelledText({name: train for name, (train, _) in split.items()}, max_seq_len, pieces=stdlib),
-            LabelledText({name: val for name, (_, val) in split.items()}, max_seq_len, pieces=stdlib))
+            raise UserError(f"{source / name} holds one file; it needs two, one of them for validation")
+    return hold_out_of_each(classes, val_fraction)
 
 
-def class_files(folder: Path) -> dict[str, list[Path]]:
-    """The .txt files of the class folders in `folder`, without IMDb's unlabelled ones."""
-    classes = {place.name: sorted(place.glob("*.txt")) for place in sorted(folder.iterdir())
+def hold_out_of_each(classes: dict[str, list[Path]], val_fraction: float
+                     ) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    split = {name: hold_out(files, val_fraction) for name, files in classes.items()}
+    return {name: train for name, (train, _) in split.items()}, {name: val for name, (_, val) in split.items()}
+
+
+def class_files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
+    """The files of the class folders in `folder`, without IMDb's unlabelled ones."""
+    classes = {place.name: [file for file in sorted(place.iterdir()) if file.suffix.lower() in suffixes]
+               for place in sorted(folder.iterdir())
                if place.is_dir() and place.name != "unsup" and not place.name.startswith(".")}
     empty = next((name for name, files in classes.items() if not files), None)
     if len(classes) < 2 or empty:
-        raise UserError(f"{folder / empty if empty else folder} holds no {'.txt files' if empty else 'class folders'}; "
-                        f"expected two or more, CLASS/*.txt, in {folder} or in its folders train and val")
+        raise UserError(f"{folder / empty if empty else folder} holds no "
+                        f"{f'{suffixes[0]} files' if empty else 'class folders'}; expected two or more, "
+                        f"CLASS/*{suffixes[0]}, in {folder} or in its folders train and val")
     return classes
 
 

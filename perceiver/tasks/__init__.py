@@ -9,9 +9,11 @@ from perceiver.config import from_dict
 from perceiver.pretrained import load_weights
 from perceiver.tasks.base import Autoregression, Classification, Task
 from perceiver.tasks.copy import Copy
-from perceiver.tasks.image import ImageClassification
+from perceiver.tasks.flow import OpticalFlow
+from perceiver.tasks.image import ImageClassification, ImageSequences
 from perceiver.tasks.language import CausalLM, MaskedLM, TextClassification
 from perceiver.tasks.music import SymbolicMusic
+from perceiver.tasks.video import MultimodalAutoencoding
 
 TASKS = {
     "causal_lm": CausalLM,
@@ -20,6 +22,9 @@ TASKS = {
     "image_classification": ImageClassification,
     "copy": Copy,
     "symbolic_music": SymbolicMusic,
+    "image_ar": ImageSequences,
+    "optical_flow": OpticalFlow,
+    "multimodal_autoencoding": MultimodalAutoencoding,
 }
 
 
@@ -29,7 +34,7 @@ def load_checkpoint(path: str | Path, device: torch.device) -> tuple[Task, nn.Mo
     saved = checkpoint.load(path, device)
     config = from_dict(saved["config"], TASKS)
     task = TASKS[config.task](config)
-    task.class_names = saved.get("class_names")
+    task.restore(saved)
     model = task.build_model().to(device)
     load_weights(model, saved["model"], str(path))
     return task, model.eval()

@@ -38,9 +38,24 @@ class Task(ABC):
         if getattr(self.config.model, "init_from", None) is not None:
             start_from(model, self.config.model.init_from, self.config)
 
+    def state(self) -> dict:
+        """What a checkpoint keeps beside the config, because the data told it."""
+        return {"class_names": self.class_names}
+
+    def restore(self, saved: dict) -> None:
+        """Takes the `state` in a checkpoint."""
+        self.class_names = saved.get("class_names")
+
     @abstractmethod
     def load_data(self) -> tuple[Dataset, Dataset]:
         """The training set, by key (step, index in the global batch), and the validation set."""
+
+    def check_classes(self, names: list[str], key: str, num_classes: int) -> None:
+        """Keeps the data's classes, which must be as many as `key` in the config says."""
+        self.class_names = names
+        if len(names) != num_classes:
+            raise UserError(f"{key}={num_classes}, but the data has {len(names)} classes: "
+                            f"{', '.join(names[:12])}{', ...' if len(names) > 12 else ''}")
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -53,8 +68,9 @@ class Task(ABC):
             metrics["accuracy"] = sums["correct"] / sums["count"]
         return metrics
 
-    def show(self, model: nn.Module) -> dict[str, str | Tensor]:
-        """Things to look at after an evaluation, by name: texts, and pictures (3, H, W) of uint8."""
+    def show(self, model: nn.Module) -> dict[str, str | Tensor | tuple[Tensor, int]]:
+        """Things to look at after an evaluation, by name: texts, pictures (3, H, W) of uint8, and sounds (S, 1) in
+        [-1, 1] with their sample rate."""
         return {}
 
     def summary(self, metrics: dict[str, float]) -> str | None:
@@ -92,10 +108,7 @@ class Classification(Task):
 
     def share(self, train_set: Dataset, val_set: Dataset) -> tuple[Dataset, Dataset]:
         """The data in the order of training, once its classes are found to be the model's."""
-        num_classes, self.class_names = self.config.model.num_classes, train_set.class_names
-        if len(self.class_names) != num_classes:
-            raise UserError(f"model.num_classes={num_classes}, but the data has {len(self.class_names)} classes: "
-                            f"{', '.join(self.class_names[:12])}{', ...' if len(self.class_names) > 12 else ''}")
+        self.check_classes(train_set.class_names, "model.num_classes", self.config.model.num_classes)
         self.val_set = val_set
         return Shuffled(train_set, self.config.data.batch_size, self.config.train.seed), val_set
 

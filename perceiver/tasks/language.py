@@ -2,6 +2,7 @@
 import gzip
 import lzma
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,35 +11,62 @@ from torch.utils.data import Dataset
 from perceiver import pictures, sampling
 from perceiver.architectures import MaskedLMConfig, TextClassifierConfig
 from perceiver.config import Config
-from perceiver.data import (IGNORE, ByteTokenizer, IdTokenizer, MaskedBlocks, MaskedTextDataConfig, MaskedWindows,
-                            TextBlocks, TextClassificationDataConfig, TextDataConfig, TextWindows, load_labelled_text,
-                            load_text)
+from perceiver.data import (IGNORE, ByteTokenizer, IdTokenizer, JsonTokenizer, MaskedBlocks, MaskedTextDataConfig,
+                            MaskedWindows, TextBlocks, TextClassificationDataConfig, TextDataConfig, TextWindows,
+                            load_labelled_text, load_text, tokenize)
 from perceiver.errors import UserError
 from perceiver.tasks.base import Autoregression, Classification, Task, bits_by_frequency, token_sums
 
 
 class CausalLM(Autoregression):
-    """Perceiver AR on text: predict the next byte, or token id."""
+    """Perceiver AR on text: predict the next byte, the next token of a tokenizer.json, or the next token id."""
     DataConfig = TextDataConfig
 
     def __init__(self, config: Config):
         super().__init__(config)
         self.tokenizer = IdTokenizer() if config.data.holds_ids else ByteTokenizer()
-        self.unit = "token" if config.data.holds_ids else "byte"
+        self.unit = "token" if config.data.holds_ids or config.data.tokenizer else "byte"
         if self.unit == "byte" and config.model.vocab_size < ByteTokenizer.vocab_size:
             raise UserError(f"model.vocab_size={config.model.vocab_size} is too small for bytes, "
                             f"which need {ByteTokenizer.vocab_size}")
 
+    def state(self) -> dict:
+        return super().state() | {"tokenizer": getattr(self.tokenizer, "json", None)}
+
+    def restore(self, saved: dict) -> None:
+        super().restore(saved)
+        if saved.get("tokenizer") is not None:
+            self.tokenizer = JsonTokenizer(saved["tokenizer"], "the checkpoint")
+
     def load_data(self) -> tuple[Dataset, Dataset]:
         model, data = self.config.model, self.config.data
         train, self.val_tokens = load_text(data)
-        for tokens in (train, self.val_tokens) if self.unit == "token" else ():
+        text, first = self.val_tokens.values, 1  # bytes of the first token, which is never predicted
+        if data.tokenizer is not None:
+            self.tokenizer = JsonTokenizer.read(data.tokenizer)
+            if self.tokenizer.vocab_size > model.vocab_size:
+                raise UserError(f"model.vocab_size={model.vocab_size} is too small for data.tokenizer={data.tokenizer}, "
+                                f"which needs {self.tokenizer.vocab_size}")
+            if not data.holds_ids:
+                train, self.val_tokens = (tokenize(part, self.tokenizer, Path(data.cache_dir))
+                                          for part in (train, self.val_tokens))
+                first = len(self.tokenizer.decode(self.val_tokens[:1].tolist()).encode())
+        self.val_text = None if data.holds_ids else text[first:].tobytes()
+        for tokens in (train, self.val_tokens) if data.holds_ids else ():
             if tokens.values.max() >= model.vocab_size or tokens.values.min() < 0:
                 raise UserError(f"data.path={data.path} holds token {tokens.values.max()}, outside of the vocabulary; "
                                 f"model.vocab_size is {model.vocab_size}")
         num_kept = model.num_kept(model.max_seq_len - model.num_latents)
         return (TextWindows(train, model.max_seq_len, model.num_latents, num_kept, self.config.train.seed),
                 TextBlocks(self.val_tokens, model.max_seq_len, model.num_latents))
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """With a tokenizer, bits per byte are those per token divided by the mean length of the validation text's tokens:
+        exact there, an estimate in training. That makes tokenizers comparable."""
+        metrics = super().metrics(sums)
+        if self.unit == "token" and self.val_text:
+            metrics["bits_per_byte"] = metrics["bits_per_token"] * (len(self.val_tokens) - 1) / len(self.val_text)
+        return metrics
 
     def show(self, model: nn.Module) -> dict[str, str]:
         """A text that continues the start of the validation text."""
@@ -47,9 +75,8 @@ class CausalLM(Autoregression):
         return {"sample": self.tokenizer.decode(prompt + [token.item() for token in tokens])}
 
     def summary(self, metrics: dict[str, float]) -> str | None:
-        if self.unit == "token":
+        if not (text := self.val_text):
             return None
-        text = self.val_tokens.values[1:].tobytes()  # the first byte is never predicted
         gzip_bits, xz_bits = (8 * len(packed) / len(text)
                               for packed in (gzip.compress(text, 9), lzma.compress(text, preset=9)))
         return (f"validation: {metrics['bits_per_byte']:.3f} bits per byte; for the same {len(text):,} bytes "

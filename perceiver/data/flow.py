@@ -1,0 +1,253 @@
+"""Optical flow: pairs of frames and how far each pixel of the first moves. Generated, Sintel, FlyingChairs, KITTI."""
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as TF
+
+from perceiver.config import require
+from perceiver.data.batches import LoaderConfig, Shuffled
+from perceiver.data.image import read_image, reading
+from perceiver.errors import UserError
+
+
+@dataclass
+class FlowDataConfig(LoaderConfig):
+    dataset: str = "generated"  # generated, sintel, chairs (FlyingChairs) or kitti (KITTI flow 2015)
+    path: str | None = None  # folder of the dataset; generated needs none
+    max_motion: float = 4.0  # of generated: how far a thing moves at most, in pixels, right or left, and up or down
+    val_examples: int = 256  # of generated: pairs to validate on
+    sintel_pass: str = "both"  # of sintel: clean, final (with blur and fog), or both
+    flip: bool = False  # training: left and right exchanged in half of the examples, top and bottom in a tenth
+    train_pixels: int | None = None  # training: how many pixels of an example, at random, are asked for; null: all
+    eval_whole: bool = False  # validation: whole images, in tiles, which must be of one size; else their centres
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.dataset in DATASETS, f"dataset={self.dataset!r} must be one of {', '.join(DATASETS)}")
+        require(self.path is not None or self.dataset == "generated",
+                f"path=None must name the folder of {self.dataset}")
+        require(self.max_motion > 0, f"max_motion={self.max_motion} must be positive")
+        require(self.train_pixels is None or self.train_pixels >= 1,
+                f"train_pixels={self.train_pixels} must be at least 1, or null")
+        require(self.val_examples >= 1, f"val_examples={self.val_examples} must be at least 1")
+        require(self.sintel_pass in ("clean", "final", "both"),
+                f"sintel_pass={self.sintel_pass!r} must be clean, final or both")
+
+
+def load_flow(config: FlowDataConfig, frame_shape: tuple[int, ...], seed: int) -> tuple[Dataset, Dataset]:
+    """Pairs of frames for training, by key (step, index in the global batch), and for validation.
+
+    Each is a dict: frames (2, 3, H, W) in [-1, 1], flow (H, W, 2) in pixels, right and down, of the first frame, and
+    valid (H, W), true where it is known; with `train_pixels`, flow (O', 2) and valid (O',) at positions (O',). Raises
+    UserError if they are not there.
+    """
+    if config.dataset == "generated":
+        return (GeneratedFlow(frame_shape, config.max_motion, (seed,), train_pixels=config.train_pixels),
+                GeneratedFlow(frame_shape, config.max_motion, (2**63,), config.val_examples))  # no seed is that large
+    train, val = DATASETS[config.dataset](Path(config.path), config)
+    for part in (train, val):
+        if not part:
+            raise UserError(f"data.path={config.path} holds too few examples of {config.dataset} to train and validate")
+    examples = FlowFiles(train, frame_shape, True, config.flip, config.train_pixels)
+    return Shuffled(examples, config.batch_size, seed), FlowFiles(val, None if config.eval_whole else frame_shape)
+
+
+def only_at(example: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
+    """Of the flow what there is at `positions` (O'), numbers of pixels."""
+    return {"frames": example["frames"], "positions": positions, "flow": example["flow"].flatten(0, 1)[positions],
+            "valid": example["valid"].flatten()[positions]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generated
+
+
+class GeneratedFlow(Dataset):
+    """Textured things that move over a textured background, drawn anew for each key."""
+
+    def __init__(self, frame_shape: tuple[int, ...], max_motion: float, seed: tuple[int, ...], num_examples: int = 0,
+                 train_pixels: int | None = None):
+        self.frame_shape, self.max_motion, self.train_pixels = frame_shape, max_motion, train_pixels
+        self.seed, self.num_examples = seed, num_examples
+
+    def __len__(self) -> int:
+        return self.num_examples
+
+    def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Tensor]:
+        rng = np.random.default_rng((*self.seed, *np.atleast_1d(key)))
+        frames, flow, _ = draw_pair(rng, self.frame_shape, self.max_motion)
+        example = {"frames": frames, "flow": flow, "valid": torch.ones(self.frame_shape, dtype=torch.bool)}
+        if self.train_pixels is None:
+            return example
+        return only_at(example, torch.from_numpy(rng.permutation(flow[..., 0].numel())[: self.train_pixels]))
+
+
+def draw_pair(rng: np.random.Generator, frame_shape: tuple[int, ...], max_motion: float,
+              ) -> tuple[Tensor, Tensor, Tensor]:
+    """Two frames (2, 3, H, W), the flow (H, W, 2), and which layer is seen where, (2, H, W).
+
+    A layer is a function of the plane, a texture and a shape, as it is in the first frame. An affine motion moves it: a
+    pixel of the second frame shows what the inverse motion finds in the first one's plane. So the flow is exact.
+    """
+    height, width = frame_shape
+    size = torch.tensor([width, height])
+    pixels = torch.stack(torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy"), -1)  # (H, W, 2)
+    for layer in range(rng.integers(2, 5)):  # the background, and one to three things
+        centre = torch.from_numpy(rng.uniform(0.1, 0.9, 2)).float() * size
+        angle, zoom = rng.uniform(-0.1, 0.1), rng.uniform(0.95, 1.05)
+        turn = zoom * torch.tensor([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]).float()
+        shift = torch.from_numpy(rng.uniform(-max_motion, max_motion, 2)).float()
+        moved = (pixels - centre) @ turn.T + centre + shift  # where the layer's points are in the second frame
+        came = (pixels - centre - shift) @ turn.inverse().T + centre  # and where what is there was in the first one
+        points = torch.stack((pixels, came))  # (2, H, W, 2)
+        texture = torch.from_numpy(rng.normal(size=(3, height // 3, width // 3))).float()  # 3 pixels to a new colour
+        colours = F.grid_sample(texture.expand(2, -1, -1, -1), 2 * points / size - 1, "bilinear", "reflection",
+                                align_corners=False).tanh()  # (2, 3, H, W)
+        if layer == 0:
+            frames, flow, layers = colours, moved - pixels, torch.zeros(2, height, width, dtype=torch.long)
+            continue
+        radii = torch.from_numpy(rng.uniform(0.15, 0.35, 2)).float() * size
+        seen = ((points - centre) / radii).abs().pow(rng.choice([2, 8])).sum(-1) < 1  # an ellipse, or nearly a box
+        frames = torch.where(seen[:, None], colours, frames)
+        flow = torch.where(seen[0, ..., None], moved - pixels, flow)
+        layers = layers.masked_fill(seen, layer)
+    return frames, flow, layers
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+class FlowFiles(Dataset):
+    """Pairs of frames from files, cropped to `frame_shape` if that is given: at random for training, else the centre."""
+
+    def __init__(self, examples: list[tuple[Path, Path, Path]], frame_shape: tuple[int, ...] | None,
+                 train: bool = False, flip: bool = False, train_pixels: int | None = None):
+        """`examples` are files: two frames and the flow, a .flo or a 16-bit .png as KITTI's."""
+        self.examples, self.frame_shape = examples, frame_shape
+        self.train, self.flip, self.train_pixels = train, flip, train_pixels
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        *files, flow_file = self.examples[index]
+        frames = read_frames(files)  # (2, 3, H, W)
+        flow, valid = (read_kitti if flow_file.suffix == ".png" else read_flo)(flow_file)
+        if flow.shape[:2] != frames.shape[2:]:
+            raise UserError(f"{flow_file} is {size_of(flow.shape)}, its frame {files[0]} {size_of(frames.shape[2:])}")
+        (height, width), (h, w) = flow.shape[:2], self.frame_shape or flow.shape[:2]
+        if height < h or width < w:
+            raise UserError(f"{files[0]} is {size_of(flow.shape)}, smaller than model.input.frame_shape, "
+                            f"{size_of(self.frame_shape)}")
+        room = (height - h + 1, width - w + 1)
+        top, left = (int(torch.randint(n, ())) if self.train else n // 2 for n in room)
+        box = slice(top, top + h), slice(left, left + w)
+        frames, flow, valid = frames[:, :, *box], flow[box], valid[box]
+        for axis, share in ((1, 0.5), (0, 0.1)) if self.train and self.flip else ():
+            if torch.rand(()) < share:
+                frames, flow, valid = frames.flip(axis + 2), flow.flip(axis), valid.flip(axis)
+                flow = flow * torch.tensor([-1.0, 1.0] if axis == 1 else [1.0, -1.0])
+        example = {"frames": frames, "flow": flow, "valid": valid}
+        return only_at(example, torch.randperm(h * w)[: self.train_pixels]) if self.train_pixels else example
+
+
+def read_frames(files: list[str | Path]) -> Tensor:
+    """Image files of one size as frames (n, 3, H, W) in [-1, 1]; raises UserError if they are not."""
+    frames = [TF.pil_to_tensor(read_image(file, 3)) for file in files]
+    for file, frame in zip(files, frames):
+        if frame.shape != frames[0].shape:
+            raise UserError(f"{file} is {size_of(frame.shape[1:])}, {files[0]} {size_of(frames[0].shape[1:])}; frames "
+                            "must be of one size")
+    return torch.stack(frames) / 127.5 - 1
+
+
+def size_of(shape: tuple[int, ...]) -> str:
+    height, width = shape[:2]
+    return f"{width}x{height}"
+
+
+def read_flo(file: str | Path) -> tuple[Tensor, Tensor]:
+    """A Middlebury .flo file: flow (H, W, 2) in pixels, right and down, and where it is known, (H, W).
+
+    The file is "PIEH", width and height as int32, and float32 row by row, all little-endian; over 1e9 is unknown.
+    """
+    with reading(file):
+        data = Path(file).read_bytes()
+        if data[:4] != b"PIEH":
+            raise ValueError("it does not start as a .flo file does")
+        width, height = np.frombuffer(data, "<i4", count=2, offset=4)
+        flow = torch.from_numpy(np.frombuffer(data, "<f4", offset=12).reshape(height, width, 2).copy())
+    valid = (flow.abs() < 1e9).all(-1)
+    return torch.where(valid[..., None], flow, 0.0), valid
+
+
+def write_flo(file: str | Path, flow: Tensor) -> None:
+    """Writes flow (H, W, 2) as `read_flo` reads it."""
+    height, width, _ = flow.shape
+    Path(file).write_bytes(b"PIEH" + np.array([width, height], "<i4").tobytes()
+                           + flow.cpu().numpy().astype("<f4").tobytes())
+
+
+def read_kitti(file: str | Path) -> tuple[Tensor, Tensor]:
+    """KITTI's 16-bit PNG of 64 * flow + 2^15, right and down, and whether it is known: as `read_flo`."""
+    with reading(file):
+        high, low = (Image.open(file) for _ in range(2))
+        if high.format != "PNG" or high.tile[0][3] != "RGB;16B":
+            raise ValueError("it is no PNG of 16 bits in 3 channels")
+        # PIL keeps the first byte of each number; told that numbers end with the higher byte, it keeps the second.
+        low.tile = [(*low.tile[0][:3], "RGB;16L")]
+        values = torch.from_numpy(256 * np.array(high, np.int32) + np.array(low))  # (H, W, 3)
+    valid = values[..., 2] > 0
+    return torch.where(valid[..., None], (values[..., :2].float() - 2**15) / 64, 0.0), valid
+
+
+Examples = list[tuple[Path, Path, Path]]  # files of two frames and their flow
+
+
+def find_sintel(root: Path, config: FlowDataConfig) -> tuple[Examples, Examples]:
+    """Every eighth scene is for validation: Sintel's test set comes without flow."""
+    passes = ("clean", "final") if config.sintel_pass == "both" else (config.sintel_pass,)
+    train, val = [], []
+    for folder in (root / "training" / name for name in passes):
+        for n, scene in enumerate(find(folder, "*")):
+            pairs = pairwise(find(scene, "frame_*.png"))
+            (train if n % 8 else val).extend(
+                (*pair, root / "training" / "flow" / scene.name / f"{pair[0].stem}.flo") for pair in pairs)
+    return train, val
+
+
+def find_chairs(root: Path, config: FlowDataConfig) -> tuple[Examples, Examples]:
+    """Split as FlyingChairs_train_val.txt says: a line for each example, 1 for training, 2 for validation."""
+    flows, file = find(root / "data", "*_flow.flo"), root / "FlyingChairs_train_val.txt"
+    with reading(file):
+        parts = file.read_text().split()
+        if len(parts) != len(flows):
+            raise ValueError(f"it has {len(parts)} lines, {root / 'data'} {len(flows)} flows")
+    examples = [(*(flow.with_name(flow.name.replace("flow.flo", f"img{n}.ppm")) for n in (1, 2)), flow)
+                for flow in flows]
+    return tuple([example for example, part in zip(examples, parts) if part == wanted] for wanted in ("1", "2"))
+
+
+def find_kitti(root: Path, config: FlowDataConfig) -> tuple[Examples, Examples]:
+    """Every tenth of the 200 pairs is for validation: KITTI's test set comes without flow."""
+    examples = [(frame, frame.with_name(frame.name.replace("_10.png", "_11.png")),
+                 root / "training" / "flow_occ" / frame.name) for frame in find(root / "training/image_2", "*_10.png")]
+    return [example for n, example in enumerate(examples) if n % 10], examples[::10]
+
+
+DATASETS = {"generated": None, "sintel": find_sintel, "chairs": find_chairs, "kitti": find_kitti}
+
+
+def find(folder: Path, pattern: str) -> list[Path]:
+    """Sorted; raises UserError if there is nothing."""
+    if not (found := sorted(folder.glob(pattern))):
+        raise UserError(f"there is no {folder / pattern}; data.path must be the folder that holds the dataset")
+    return found

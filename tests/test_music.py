@@ -1,0 +1,432 @@
+"""Music: MIDI files, events, corpora, windows; and that a model learns and continues it."""
+import json
+import re
+import sys
+from fractions import Fraction
+
+import mido
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, read_metrics, run_script
+from perceiver.config import load_config
+from perceiver.data import IGNORE, MusicDataConfig, MusicWindows, TextBlocks, Tokens, eval_loader, music
+from perceiver.data.music import (NUM_EVENTS, PAD, SHIFT, VELOCITY, Note, compose, decode, encode, join, load_music,
+                                  read_midi, split, stretch, transpose, write_midi)
+from perceiver.distributed import Ranks
+from perceiver.errors import UserError
+from perceiver.tasks import TASKS
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# MIDI files
+
+
+def random_piece(file, rng: np.random.Generator) -> list[Note]:
+    """Writes a file of random music and returns its notes, found without reading it: notes, pedals and tempi are drawn
+    first, then each pedal is applied to each note, and times are integrated over the tempi, in fractions."""
+    ticks_per_beat = int(rng.choice([24, 96, 480, 960]))
+    tempi = [(0, 500_000)] + [(int(tick), int(tempo)) for tick, tempo in zip(
+        np.sort(rng.integers(0, 40 * ticks_per_beat, 3)), rng.integers(100_000, 2_000_000, 3))]
+
+    def seconds(tick: int) -> float:
+        ends = [start for start, _ in tempi[1:]] + [tick]
+        return float(sum(Fraction(max(0, min(end, tick) - start) * tempo, ticks_per_beat * 1_000_000)
+                         for (start, tempo), end in zip(tempi, ends)))
+
+    channels = rng.choice([0, 1, 2, 15], 3)  # two tracks may share a channel, and then a pedal
+    keys, pedals = [], {}  # (onset, end, pitch, velocity, track) in ticks; (down, up) by channel
+    for track in range(3):
+        for pitch in rng.choice(range(track, 128, 3), 4, replace=False):  # one pitch is in one track
+            long = rng.random(12) < 0.1  # silences of several seconds
+            onsets = np.cumsum(2 * rng.integers(1, 1 + ticks_per_beat * np.where(long, 8, 1)))
+            ends = np.sort(onsets + 2 * rng.integers(0, 1 + ticks_per_beat, 12))  # the same key may overlap
+            keys += [(*map(int, values), track) for values in zip(onsets, ends, [pitch] * 12, rng.integers(1, 128, 12))]
+    last = max(end for _, end, *_ in keys)
+    for channel in set(channels):
+        changes = np.sort(2 * rng.choice(last // 2, 5, replace=False)) + 1  # odd: never with a note, which are even
+        pedals[channel] = [*changes.tolist(), last]  # down, up, down, up, down to the end
+
+    midi = mido.MidiFile(ticks_per_beat=ticks_per_beat)
+    midi.tracks.append(to_track((tick, mido.MetaMessage("set_tempo", tempo=tempo)) for tick, tempo in tempi[1:]))
+    for track in range(3):
+        channel = int(channels[track])
+        messages = []
+        for number, (onset, end, pitch, velocity, _) in enumerate(sorted(key for key in keys if key[4] == track)):
+            off = dict(type="note_off") if rng.random() < 0.5 else dict(type="note_on", velocity=0)
+            messages += [((onset, number, 0), mido.Message("note_on", note=pitch, velocity=velocity, channel=channel)),
+                         ((end, number, 1), mido.Message(note=pitch, channel=channel, **off))]
+        if track == np.flatnonzero(channels == channel)[0]:
+            for down, tick in enumerate(pedals[channel][:-1], 1):
+                value = int(rng.integers(64, 128) if down % 2 else rng.integers(0, 64))
+                pedal = mido.Message("control_change", control=64, value=value, channel=channel)
+                messages.append(((tick, 0, 0), pedal))
+        messages.sort(key=lambda message: message[0])
+        midi.tracks.append(to_track((when[0], message) for when, message in messages))
+    midi.save(file)
+
+    notes = []
+    for onset, end, pitch, velocity, track in keys:
+        spans = pedals[channels[track]]
+        up = next((up for down, up in zip(spans[::2], spans[1::2]) if down < end < up), end)
+        again = min((other[0] for other in keys if other[2] == pitch and other[0] > onset), default=up)
+        notes.append(Note(seconds(onset), seconds(max(end, min(up, again))), pitch, velocity))
+    return sorted(notes)
+
+
+def to_track(messages) -> mido.MidiTrack:
+    track, now = mido.MidiTrack(), 0
+    for tick, message in messages:
+        track.append(message.copy(time=tick - now))
+        now = tick
+    return track
+
+
+def assert_same(found: list[Note], expected: list[Note], seconds: float):
+    """The same notes, times up to `seconds`, velocities up to their bins."""
+    by_pitch = [sorted(notes, key=lambda note: (note.pitch, note.onset, note.end)) for notes in (found, expected)]
+    assert len(found) == len(expected)
+    for a, b in zip(*by_pitch):
+        assert a.pitch == b.pitch and a.velocity // 4 == b.velocity // 4, (a, b)
+        assert abs(a.onset - b.onset) <= seconds + 1e-9 and abs(a.end - b.end) <= seconds + 1e-9, (a, b)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_files_survive_reading_encoding_decoding_and_writing(tmp_path, seed):
+    expected = random_piece(tmp_path / "piece.mid", np.random.default_rng(seed))
+    notes = read_midi(tmp_path / "piece.mid")
+    assert_same(notes, expected, 0)
+    assert [note.velocity for note in notes] == [note.velocity for note in expected]
+    events = encode(notes)
+    decoded = decode(events)
+    assert_same(decoded, expected, 0.01)
+    assert events.dtype == np.uint16 and encode(decoded).tolist() == events.tolist()
+    write_midi(tmp_path / "again.mid", decoded)
+    assert_same(read_midi(tmp_path / "again.mid"), decoded, 0)
+
+
+def test_bytes_of_a_file_with_running_status_and_drums(tmp_path):
+    track = bytes.fromhex("00 90 3c 40  30 3e 50  30 3c 00  00 3e 00"  # without a status byte; velocity 0 ends a note
+                          "00 99 24 7f  00 89 24 00"  # a drum
+                          "00 ff 51 03 0f 42 40  00 90 40 07"  # a beat a second; a note that never ends
+                          "60 b0 40 7f  00 ff 2f 00")  # a pedal that is never released
+    data = b"MThd" + bytes.fromhex("00000006 0000 0001 0060") + b"MTrk" + len(track).to_bytes(4, "big") + track
+    (tmp_path / "piece.mid").write_bytes(data)
+    assert read_midi(tmp_path / "piece.mid") == [(0.0, 0.5, 60, 64), (0.25, 0.5, 62, 80), (0.5, 1.5, 64, 7)]
+
+
+def test_the_pedal_holds_released_keys_until_it_or_the_key_is_used_again(tmp_path):
+    def message(kind, **values):
+        return mido.Message(kind, **values)
+
+    midi = mido.MidiFile(ticks_per_beat=50)  # a tick is 10 ms
+    midi.tracks.append(to_track([
+        (0, message("note_on", note=60)), (10, message("control_change", control=64, value=64)),
+        (20, message("note_off", note=60)), (30, message("note_on", note=62)), (40, message("note_off", note=62)),
+        (50, message("note_on", note=62)), (60, message("note_on", note=64)), (70, message("note_off", note=62)),
+        (80, message("control_change", control=64, value=63)), (90, message("note_off", note=64)),
+        (95, message("note_on", note=60)), (99, message("note_off", note=60))]))
+    midi.save(tmp_path / "piece.mid")
+    assert [(note.onset, note.end, note.pitch) for note in read_midi(tmp_path / "piece.mid")] == [
+        (0, 0.8, 60), (0.3, 0.5, 62), (0.5, 0.8, 62), (0.6, 0.9, 64), (0.95, 0.99, 60)]
+
+
+@pytest.mark.parametrize("content, reason", [
+    (b"", "too early"), (b"MThd", "too early"), (b"this is a text, and a long one", "Probably not a MIDI file"),
+    (b"\x89PNG\r\n\x1a\n" + bytes(50), "Probably not a MIDI file"), ("cut", "too early"), ("junk", ""),
+    (b"MThd\0\0\0\6\0\0\0\1\0\x60MTrk\0\0\0\4\0\xff\x2f\0", "no notes"),
+    (b"MThd\0\0\0\6\0\2\0\1\0\x60MTrk\0\0\0\4\0\xff\x2f\0", "not simultaneous"),
+    (b"MThd\0\0\0\6\0\1\0\1\xe7\x28MTrk\0\0\0\4\0\xff\x2f\0", "not in beats"), (None, "No such file"),
+])
+def test_a_broken_file_is_one_clear_line(tmp_path, content, reason):
+    file = tmp_path / "broken.mid"
+    if isinstance(content, str):
+        write_midi(file, compose(0))
+        whole = file.read_bytes()
+        content = whole[:500] if content == "cut" else whole[:30] + b"\xff" * 99 + whole[30:]
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=f"broken.mid.*{reason}") as raised:
+        read_midi(file)
+    assert "\n" not in str(raised.value)
+
+
+def test_without_mido_the_error_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mido", None)
+    with pytest.raises(UserError, match="pip install mido"):
+        read_midi("piece.mid")
+    (tmp_path / "a.mid").touch()
+    (tmp_path / "b.mid").touch()
+    with pytest.raises(UserError, match="pip install mido"):
+        load_music(MusicDataConfig(path=str(tmp_path), cache_dir=str(tmp_path / "cache")))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Events
+
+
+def test_events_of_a_few_notes():
+    notes = [Note(2.35, 2.45, 60, 100), Note(2.35, 3.35, 64, 103), Note(2.45, 2.45, 60, 104), Note(6.35, 6.36, 61, 104)]
+    assert encode(notes).tolist() == [
+        355, 355, 290, VELOCITY + 25, 60, 64,  # 1 s, 1 s, 350 ms, a velocity for two notes
+        SHIFT + 9, 128 + 60, VELOCITY + 26, 60,  # a note ends before the next one of its pitch begins
+        SHIFT, 128 + 60, SHIFT + 88, 128 + 64,  # without a duration it lasts 10 ms
+        355, 355, 355, 61, SHIFT, 128 + 61]
+    assert encode([]).tolist() == [] and NUM_EVENTS == 389
+
+
+def test_roundings_do_not_add_up():
+    """Gaps of 14.9 ms, each of which alone would be rounded to 10 ms."""
+    notes = [Note(0.0149 * n, 0.0149 * n + 0.003, 60, 64) for n in range(200)]
+    assert_same(decode(encode(notes)), notes, 0.01)
+    notes = [Note(0, 3600, 60, 64), Note(3000.004, 3001, 61, 64)]  # more steps than 16 bits can count
+    assert_same(decode(encode(notes)), notes, 0.01)
+
+
+def test_the_first_of_two_notes_of_a_pitch_ends_first():
+    notes = [Note(0, 1, 60, 40), Note(0.5, 2, 60, 80), Note(3, 4, 60, 40), Note(3, 5, 60, 80)]
+    assert [(note.onset, note.end, note.velocity // 4) for note in decode(encode(notes))] == [
+        (0, 1, 10), (0.5, 2, 20), (3, 4, 10), (3, 5, 20)]
+
+
+def test_whatever_a_model_writes_can_be_played(tmp_path):
+    assert decode([128 + 60, VELOCITY, 60, SHIFT + 9, 60, PAD, 128 + 60, 128 + 60, 128 + 60, 62]) == [
+        (0, 0.1, 60, 2), (0.1, 0.11, 60, 2), (0.1, 0.11, 62, 2)]
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        notes = decode(rng.choice([*range(40), *range(128, 168), *range(SHIFT, NUM_EVENTS)], 300).tolist())
+        write_midi(tmp_path / "piece.mid", notes)
+        kinds = [message.type for message in mido.MidiFile(tmp_path / "piece.mid") if not message.is_meta]
+        assert kinds.count("note_on") == kinds.count("note_off") == len(notes) > 20
+        assert sorted(notes) == sorted(decode(encode(notes)))
+
+
+def test_transposition_and_stretching_change_one_thing():
+    notes = decode(encode(compose(1)))
+    events = encode(notes)
+    assert decode(transpose(events, 5)) == [note._replace(pitch=note.pitch + 5) for note in notes]
+    assert stretch(events, 1.0).tolist() == events.tolist()
+    for factor in (0.5, 0.953, 1.05, 30.0):
+        expected = [note._replace(onset=note.onset * factor, end=note.end * factor) for note in notes]
+        assert_same(decode(stretch(events, factor)), expected, 0.005 if factor > 0.9 else 0.01)
+    # the part of a piece, which begins and ends anywhere
+    assert stretch(np.array([355, 128 + 60, 290, 355]), 1.2).tolist() == [355, 275, 128 + 60, 355, 317]
+    assert transpose(np.array([120, 128, 300]), 9).tolist() == [127, 135, 300]  # no higher than 127
+    assert transpose(np.array([120, 128, 300]), -9).tolist() == [120, 128, 300]
+    assert transpose(np.array([300, 301]), 5).tolist() == [300, 301]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Corpora and windows
+
+
+def test_generated_pieces_have_a_form_and_differ():
+    notes = sorted(compose(7))
+    assert notes == sorted(compose(7)) and notes[0] != sorted(compose(8))[0]
+    length = max(note.end for note in notes) / 4
+    first, second, third, last = ([(round((note.onset + 1e-6) % length, 3), note.pitch, note.velocity) for note in notes
+                                   if number == int((note.onset + 1e-6) / length)] for number in range(4))
+    assert first == second == last != third
+    train, val = load_music(MusicDataConfig())
+    assert len(split(train.values)) == 1000 and len(split(val.values)) == 20
+    assert not {piece.tobytes() for piece in split(train.values)} & {piece.tobytes() for piece in split(val.values)}
+
+
+def corpus(*lengths: int) -> Tokens:
+    """Pieces of these lengths, of notes that count on: an event tells its place."""
+    ids = np.arange(sum(lengths)) % 100
+    return Tokens(join(part.astype(np.uint16) for part in np.split(ids, np.cumsum(lengths)[:-1])))
+
+
+def test_windows_are_the_longest_part_of_a_piece_and_a_function_of_seed_step_and_index():
+    windows = MusicWindows(corpus(30, 20, 40), 16, 4, 12, seed=3, config=MusicDataConfig())
+    padded = 0
+    for step in range(100):
+        example = windows[step, 1]
+        real = ~example["pad_mask"]
+        ids, labels = example["input_ids"], example["labels"]
+        assert np.array_equal(real, np.sort(real)) and 7 <= real.sum() <= 16  # padding is on the left
+        assert (ids[~real] == PAD).all() and (np.diff(ids[real]) == 1).all()
+        assert labels.tolist() == [*ids[-3:], ids[-1] + 1] and "prefix_keep" not in example
+        padded += (~real).any()
+    assert 30 < padded < 90
+    one, other = windows[5, 2]["input_ids"], windows[6, 2]["input_ids"]
+    assert np.array_equal(one, windows[5, 2]["input_ids"]) and not np.array_equal(one, other)
+
+
+def test_windows_of_random_lengths_keep_their_labels():
+    config = MusicDataConfig(min_seq_len=2)
+    windows = MusicWindows(corpus(90), 16, 4, 6, 0, config)
+    examples = [windows[step, 0] for step in range(100)]
+    assert {(~example["pad_mask"]).sum() for example in examples} == set(range(2, 17))
+    assert all(len(example["prefix_keep"]) == 6 for example in examples)
+    for example in examples:
+        known = (~example["pad_mask"]).sum()
+        assert (example["labels"] != IGNORE).sum() == min(4, known)
+
+
+def test_augmentation_is_drawn_for_each_window():
+    piece = encode(compose(2))
+    tokens = Tokens(join([piece]))
+    plain = MusicWindows(tokens, 64, 16, 48, 0, MusicDataConfig())
+    moved = MusicWindows(tokens, 64, 16, 48, 0, MusicDataConfig(transpose=3))
+    shifts = set()
+    for step in range(40):
+        a, b = (windows[step, 0]["input_ids"].astype(int) for windows in (plain, moved))
+        notes = a < SHIFT
+        assert np.array_equal(a[~notes], b[~notes]) and len(set(b[notes] - a[notes])) == 1
+        shifts.add((b - a)[notes][0])
+    assert shifts == set(range(-3, 4))
+    stretched = MusicWindows(tokens, 64, 16, 48, 0, MusicDataConfig(stretch=0.1))
+    ratios = [duration(stretched[step, 0]["input_ids"]) / duration(plain[step, 0]["input_ids"]) for step in range(40)]
+    assert 0.85 < min(ratios) < 0.95 and 1.05 < max(ratios) < 1.15
+    assert np.array_equal(stretched[3, 1]["input_ids"], stretched[3, 1]["input_ids"])
+
+
+def duration(events: np.ndarray) -> int:
+    return sum(event - SHIFT + 1 for event in events if SHIFT <= event < VELOCITY)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """MIDI files of eight pieces, one of them broken, and one more in a hidden folder."""
+    for n in range(8):
+        (tmp_path / "midi" / str(n % 2)).mkdir(parents=True, exist_ok=True)
+        write_midi(tmp_path / "midi" / str(n % 2) / f"{n}.{'mid' if n % 3 else 'MIDI'}", compose(n))
+    (tmp_path / "midi/0/2.mid").write_bytes(b"MThd")
+    (tmp_path / "midi/.trash").mkdir()
+    write_midi(tmp_path / "midi/.trash/9.mid", compose(9))
+    return tmp_path / "midi"
+
+
+def pieces(tokens: Tokens) -> list[int]:
+    """Which of the generated pieces they are."""
+    known = {encode(compose(n)).tobytes(): n for n in range(10)}
+    return [known[piece.tobytes()] for piece in split(tokens.values)]
+
+
+def load(folder, **values) -> list[list[int]]:
+    return [pieces(part) for part in load_music(MusicDataConfig(path=str(folder), cache_dir=str(folder / "cache"),
+                                                                **values))]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_folder_is_encoded_once(folder, capfd, monkeypatch, num_workers):
+    # by name 0/0, 0/2 (broken), 0/4, 0/6, 1/1, ...: every fourth, from the third on, is for validation
+    assert load(folder, val_fraction=0.25, num_workers=num_workers) == [[0, 6, 1, 3, 7], [4, 5]]
+    assert re.findall("left out: .*", capfd.readouterr().err) == [
+        f"left out: cannot read {folder}/0/2.mid: it ends too early"]
+    with monkeypatch.context() as patch:
+        patch.setattr(music, "read_midi", None)
+        assert load(folder, val_fraction=0.25) == [[0, 6, 1, 3, 7], [4, 5]]
+    write_midi(folder / "0/2.mid", compose(2))
+    assert load(folder, val_fraction=0.25) == [[0, 2, 6, 1, 3, 7], [4, 5]]
+
+
+def test_splits_that_the_data_comes_with(folder):
+    rows = {"0/4.mid": "train", "1/1.mid": "validation", "1/5.mid": "test", "1/7.mid": "train"}
+    columns = {"split": dict(enumerate(rows.values())), "midi_filename": dict(enumerate(rows))}
+    table = folder / "maestro-v3.0.0.json"
+    table.write_text(json.dumps(columns))
+    assert load(folder) == [[4, 7], [1]]
+    table.unlink()
+    (folder / "maestro-v3.0.0.csv").write_text(
+        "canonical_title,split,midi_filename\n" + "".join(f'"a, b",{split},{name}\n' for name, split in rows.items()))
+    assert load(folder) == [[4, 7], [1]]
+    (folder / "1/1.mid").unlink()
+    with pytest.raises(UserError, match="1/1.mid"):
+        load(folder)
+    (folder / "maestro-v3.0.0.csv").unlink()
+    (folder / "0").rename(folder / "train")
+    (folder / "1").rename(folder / "valid")
+    assert load(folder) == [[0, 4, 6], [3, 5, 7]]
+
+
+def test_data_that_is_not_there_is_one_line(tmp_path):
+    (tmp_path / "one").mkdir()
+    write_midi(tmp_path / "one/piece.mid", compose(0))
+    for path, reason in (("nowhere", "is not a folder"), ("one", "holds 1 MIDI files"), ("", "for train")):
+        (tmp_path / "broken.mid").write_bytes(b"")
+        with pytest.raises(UserError, match=reason):
+            load_music(MusicDataConfig(path=str(tmp_path / path), cache_dir=str(tmp_path / "cache")))
+
+
+def test_validation_predicts_every_event_but_the_first_of_a_piece_once():
+    pieces = split(corpus(30, 3, 41).values)
+    val_set = torch.utils.data.ConcatDataset([TextBlocks(Tokens(piece), 16, 4, PAD) for piece in pieces])
+    labels = torch.cat([batch["labels"].flatten() for batch in
+                        eval_loader(val_set, 4, Ranks(0, 1, torch.device("cpu")), 0)])
+    assert labels[labels != IGNORE].tolist() == [event for piece in pieces for event in piece[1:]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The task
+
+
+SMALL = ["model.max_seq_len=192", "model.num_latents=64", "model.num_channels=64", "model.num_heads=2",
+         "model.num_self_attention_layers=1", "model.cross_attention_dropout=0.1", "data.min_seq_len=96",
+         "data.transpose=1", "data.stretch=0.02"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small model, trained on generated pieces for seconds, with all augmentation: its run, and what train.py said."""
+    run = tmp_path_factory.mktemp("music") / "run"
+    result = run_script("train.py", "configs/music.yaml", f"train.out_dir={run}", *SMALL, "train.max_steps=150",
+                        "train.eval_every=150")
+    assert result.returncode == 0, result.stderr
+    return run, result.stdout
+
+
+def test_music_is_learned(trained):
+    found = re.search(r"validation: ([\d.]+) bits per event; by the frequencies .* would be ([\d.]+)", trained[1])
+    assert float(found[1]) < float(found[2]) - 2, found[0]
+    assert read_metrics(trained[0], "val")[-1]["bits_per_event"] == pytest.approx(float(found[1]), abs=1e-3)
+
+
+def continue_piece(run, *args):
+    return run_script("generate.py", "--ckpt", run / "checkpoints/best.pt", "--max-new-tokens", "200", *args)
+
+
+def test_a_piece_is_continued(trained, tmp_path):
+    """The prompt stays as it is; the notes that were sounding go on, and what follows comes after."""
+    prompt = [note for note in compose(1005) if note.onset < 3]
+    write_midi(tmp_path / "piece.mid", prompt)
+    result = continue_piece(trained[0], "--prompt", tmp_path / "piece.mid", "--out", tmp_path / "new/long.mid",
+                            "--piano-roll", tmp_path / "long.png")
+    assert result.returncode == 0 and result.stdout == "", result.stderr
+    notes = read_midi(tmp_path / "new/long.mid")
+    assert_same([note for note in notes if note.onset < 3][: len(prompt)], prompt, 0.01)
+    assert len(notes) > len(prompt) + 20
+    assert all(note.onset >= max(given.end for given in prompt) - 0.01 for note in sorted(notes)[len(prompt) :])
+    assert f"{len(prompt)} notes of the prompt and {len(notes) - len(prompt)} that follow" in result.stderr
+    assert (tmp_path / "long.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_several_samples_of_a_prompt_longer_than_the_context(trained, tmp_path):
+    prompt = compose(1006)
+    write_midi(tmp_path / "piece.mid", prompt)
+    result = continue_piece(trained[0], "--prompt-file", tmp_path / "piece.mid", "--out", tmp_path / "long.mid",
+                            "--num-samples", "2")
+    assert result.returncode == 0 and "of which the model sees the last ones" in result.stderr, result.stderr
+    first, second = (read_midi(tmp_path / f"long-{number}.mid") for number in (1, 2))
+    assert first != second
+    for notes in (first, second):
+        assert_same(notes[: len(prompt)], prompt, 0.01)
+
+
+def test_mistakes_are_one_line_and_exit_code_2(trained, tmp_path):
+    (tmp_path / "broken.mid").write_bytes(b"MThd\0\0")
+    result = continue_piece(trained[0], "--prompt", tmp_path / "broken.mid")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"error: cannot read {tmp_path}/broken.mid: it ends too early\n"
+
+
+@pytest.mark.parametrize("override", ["model.vocab_size=388", "data.min_seq_len=769", "data.min_seq_len=0",
+                                      "data.dataset=giantmidi", "data.transpose=-1", "data.stretch=1.0"])
+def test_wrong_values_are_named(override):
+    key, _, value = override.partition("=")
+    with pytest.raises(UserError, match=f"{key}='?{value}'?"):
+        config = load_config(ROOT / "configs/music.yaml", [override], TASKS)
+        TASKS[config.task](config)
