@@ -28,6 +28,7 @@ from perceiver.data.video import SUFFIXES, video_frames
 from perceiver.distributed import init_ranks
 from perceiver.errors import UserError, run_script
 from perceiver.flow import compute_flow
+from perceiver.model import PerceiverARConfig
 from perceiver.pretrained import VARIANTS, load_weights, published_class_names, read_pretrained
 from perceiver.tasks import (Classification, ImageClassification, MaskedLM, MultimodalAutoencoding, OpticalFlow, Task,
                              TextClassification, load_checkpoint)
@@ -193,6 +194,8 @@ def load(source: str, variant: str, device: torch.device) -> tuple[Task, nn.Modu
     if Path(source).suffix == ".pt":
         return load_checkpoint(source, device)
     config, state = read_pretrained(source, variant)
+    if isinstance(config, PerceiverARConfig):
+        raise UserError(f"{source} is a Perceiver AR: use generate.py")
     model = config.build()
     load_weights(model, state, source)
     if isinstance(config, MaskedLMConfig):
