@@ -1,4 +1,4 @@
-"""Pictures of what a model looks at, the first cross-attention of an encoder over an image or a text; of music, of samples.
+"""Pictures of what a model looks at, the first cross-attention of an encoder over an image or a text; of what it makes.
 
 Attention is recomputed for them; neither training nor inference ever has it in memory. A picture is a tensor (3, H, W)
 of uint8, as TensorBoard and PNG take it.
@@ -226,7 +226,5 @@ def flow_rows(frames: Tensor, *flows: Tensor) -> Tensor:
     rows = []
     for frame, *fields in zip(frames, *flows):
         colours = flow_to_image(torch.stack(fields).movedim(-1, 1).float())  # divides by the largest of them all
-        rows.append(torch.cat(((127.5 * (frame[None] + 1)).round().byte(), colours)))  # (1 + flows, 3, H, W)
-    scale = math.ceil(160 / max(frames.shape[2:]))
-    tiles = torch.cat(rows).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    return make_grid(tiles, nrow=1 + len(flows), padding=MARGIN // 2, pad_value=255)
+        rows.append(torch.cat(((frame[None] + 1) / 2, colours / 255)))  # (1 + flows, 3, H, W)
+    return make_grid(enlarged(torch.cat(rows), 160), nrow=1 + len(flows), padding=MARGIN // 2, pad_value=255)

@@ -157,10 +157,26 @@ def test_files_are_read_as_torchvision_reads_them(dataset):
     steps = -(-number[0] // 4)
     found = [find(train[(n // 4, n % 4)], wholes) for n in range(4 * steps)]
     assert len({n for n, _, _ in found}) == number[0]  # an epoch has each once
+    dataset.train_pixels = 7
+    some = load_flow(dataset, SHAPE, seed=0)[0][(0, 0)]
+    assert torch.equal(some["frames"], train[(0, 0)]["frames"]) and len(some["positions"].unique()) == 7
+    assert torch.equal(some["flow"], train[(0, 0)]["flow"].flatten(0, 1)[some["positions"]])
+    assert torch.equal(some["valid"], train[(0, 0)]["valid"].flatten()[some["positions"]])
     assert len({place[1:] for place in found}) > 2
     held_out = [find(val[n], wholes) for n in range(len(val))]
     assert {place[1:] for place in held_out} == {(3, 4)}  # the centre
     assert not {n for n, _, _ in held_out} & {n for n, _, _ in found}
+
+
+def test_whole_images_for_validation(tmp_path):
+    sintel(tmp_path / "Sintel")
+    config = FlowDataConfig(dataset="sintel", path=str(tmp_path / "Sintel"), sintel_pass="final", eval_whole=True)
+    val = load_flow(config, SHAPE, seed=0)[1]
+    wholes = torchvision.datasets.Sintel(tmp_path, pass_name="final")
+    flows = {wholes[n][2].tobytes() for n in range(len(wholes))}
+    assert len(val) == 4 and len(wholes) == 20
+    assert all(val[n]["flow"].movedim(-1, 0).contiguous().numpy().tobytes() in flows for n in range(4))
+    assert val[0]["frames"].shape == (2, 3, *WHOLE)
 
 
 def test_flips_turn_the_flow_too(tmp_path):
@@ -202,7 +218,7 @@ def error_of(function, *args) -> str:
 
 
 def test_folders_without_the_dataset(dataset, tmp_path):
-    first = {"sintel": "training/clean/*", "chairs": "data/*_flow.flo", "kitti": "training/image_2/*_10.png"}
+    first = {"sintel": "training/clean/*/", "chairs": "data/*_flow.flo", "kitti": "training/image_2/*_10.png"}
     missing = f"there is no {tmp_path}/{first[dataset.dataset]}; data.path must be"
     dataset.path = str(tmp_path)
     assert missing in error_of(load_flow, dataset, SHAPE, 0)
@@ -251,7 +267,8 @@ def test_splits_that_do_not_fit(tmp_path):
 @pytest.mark.parametrize("change, message", [
     (dict(dataset="middlebury"), "dataset='middlebury' must be one of generated, sintel, chairs, kitti"),
     (dict(dataset="kitti"), "path=None"), (dict(max_motion=0.0), "max_motion=0.0"), (dict(val_examples=0), "val_ex"),
-    (dict(sintel_pass="albedo"), "sintel_pass='albedo' must be clean, final or both")])
+    (dict(sintel_pass="albedo"), "sintel_pass='albedo' must be clean, final or both"),
+    (dict(train_pixels=0), "train_pixels=0"), (dict(dataset="kitti", path="a", eval_whole=True), "eval_whole=True")])
 def test_mistakes_in_the_config(change, message):
     with pytest.raises(ValueError, match=message):
         FlowDataConfig(**change)

@@ -2,13 +2,16 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from conftest import read_metrics, run_script
 from perceiver.adapters import FrameFeatures
 from perceiver.architectures import FrameInputConfig, OpticalFlowConfig
+from perceiver.config import from_dict
 from perceiver.flow import compute_flow, starts
 from perceiver.model import PerceiverDecoderConfig, PerceiverEncoderConfig
+from perceiver.tasks import OpticalFlow
 
 TILE = (24, 40)
 
@@ -90,9 +93,8 @@ def test_tiles_are_deepminds():
 def test_overlapping_tiles_are_blended(size):
     """As the formula has it: the sum of weight times flow over the sum of weights."""
     frames, tile = torch.randn(2, 3, *size), TILE
-    ys, xs = (list(range(0, n, t - 20)) if t > 20 else None for n, t in zip(size, (tile[0] + 8, tile[1])))
-    ys = list(range(0, size[0], 12))  # half of a tile where it is that small
-    ys, xs = ({min(start, n - t) for start in places} for places, n, t in zip((ys, xs), size, tile))
+    steps = (12, 20)  # 20 less than a tile, or half of it where it is that small
+    ys, xs = ({min(start, n - t) for start in range(0, n, step)} for n, t, step in zip(size, tile, steps))
     total, weights = np.zeros((*size, 2)), np.zeros((*size, 1))
     for y in ys:
         for x in xs:
@@ -121,3 +123,56 @@ def test_small_images_are_continued_by_their_edges():
     frames = torch.randn(2, 3, 10, 90)
     larger = torch.cat((frames, frames[:, :, -1:].expand(-1, -1, 14, -1)), dim=2)
     torch.testing.assert_close(compute_flow(Fake(), frames, TILE), compute_flow(Fake(), larger, TILE)[:10])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The task
+
+
+def new_task(**data) -> OpticalFlow:
+    model = {"num_latents": 6, "num_latent_channels": 16, "encoder": {"num_cross_attention_heads": 1},
+             "decoder": {"num_cross_attention_heads": 1}, "input": {"frame_shape": TILE}}
+    return OpticalFlow(from_dict({"task": "optical_flow", "model": model, "data": data}, {"optical_flow": OpticalFlow}))
+
+
+def batch_of(size: tuple[int, int]) -> dict[str, torch.Tensor]:
+    return {"frames": torch.randn(3, 2, 3, *size), "flow": torch.randn(3, *size, 2),
+            "valid": torch.rand(3, *size) < 0.6}
+
+
+@pytest.mark.parametrize("size", [TILE, (30, 61)])
+def test_the_loss_is_the_distance_over_known_pixels(size):
+    """Of whole images too, whose flow comes from tiles."""
+    task, batch = new_task(), batch_of(size)
+    metrics = task.metrics({name: value.item() for name, value in task.loss(Fake(), batch).items()})
+    predicted = torch.stack([compute_flow(Fake(), frames, TILE) for frames in batch["frames"]])
+    distances = (predicted - batch["flow"]).square().sum(-1).sqrt()[batch["valid"]]
+    assert metrics["loss"] == metrics["epe"] == pytest.approx(distances.mean().item(), rel=1e-5)
+    lengths = batch["flow"].square().sum(-1).sqrt()[batch["valid"]]
+    assert metrics["motion"] == pytest.approx(lengths.mean().item(), rel=1e-5)
+
+
+def test_pixels_at_random_are_a_part_of_all():
+    whole, part = (new_task(train_pixels=pixels).load_data()[0][(3, 1)] for pixels in (None, 50))
+    assert torch.equal(whole["frames"], part["frames"])
+    assert len(part["positions"].unique()) == 50 and part["valid"].shape == (50,)
+    assert torch.equal(part["flow"], whole["flow"].flatten(0, 1)[part["positions"]])
+    model, task = small_model(), new_task()
+    sums = task.loss(model, {name: values[None] for name, values in part.items()})
+    error = (model(whole["frames"][None])[0] - whole["flow"]).norm(dim=-1).flatten()[part["positions"]]
+    assert sums["count"] == 50 and sums["loss"].item() == pytest.approx(error.sum().item(), rel=1e-4)
+
+
+def test_flow_is_learned(tmp_path):
+    """A little, in a twentieth of the recipe's steps; and what there is to see of it."""
+    run, ckpt = tmp_path / "run", tmp_path / "run" / "checkpoints" / "best.pt"
+    result = run_script("train.py", "configs/flow.yaml", f"train.out_dir={run}", "train.max_steps=150",
+                        "train.eval_every=150", "optim.warmup_steps=30", "data.val_examples=64", "data.num_workers=0")
+    assert result.returncode == 0, result.stderr
+    last = read_metrics(run, "val")[-1]
+    assert last["epe"] < 0.85 * last["motion"]
+    assert (f"an end-point error of {last['epe']:.3f} pixels; if nothing moved, it would be {last['motion']:.3f}"
+            in result.stdout)
+    assert run_script("docs/show.py", ckpt, "flow", tmp_path / "flow.png").returncode == 0
+    with Image.open(tmp_path / "flow.png") as picture:  # three columns, four rows, each pixel 5x5
+        assert picture.size == (3 * (160 + 8) + 8, 4 * (120 + 8) + 8)

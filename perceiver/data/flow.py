@@ -26,7 +26,7 @@ class FlowDataConfig(LoaderConfig):
     sintel_pass: str = "both"  # of sintel: clean, final (with blur and fog), or both
     flip: bool = False  # training: left and right exchanged in half of the examples, top and bottom in a tenth
     train_pixels: int | None = None  # training: how many pixels of an example, at random, are asked for; null: all
-    eval_whole: bool = False  # validation: whole images, in tiles, which must be of one size; else their centres
+    eval_whole: bool = False  # validation: whole images, in tiles; else their centres
 
     def __post_init__(self):
         super().__post_init__()
@@ -39,6 +39,8 @@ class FlowDataConfig(LoaderConfig):
         require(self.val_examples >= 1, f"val_examples={self.val_examples} must be at least 1")
         require(self.sintel_pass in ("clean", "final", "both"),
                 f"sintel_pass={self.sintel_pass!r} must be clean, final or both")
+        require(self.dataset != "kitti" or not self.eval_whole,
+                f"eval_whole={self.eval_whole} needs images of one size, and kitti's differ")
 
 
 def load_flow(config: FlowDataConfig, frame_shape: tuple[int, ...], seed: int) -> tuple[Dataset, Dataset]:
@@ -126,7 +128,7 @@ def draw_pair(rng: np.random.Generator, frame_shape: tuple[int, ...], max_motion
 
 
 class FlowFiles(Dataset):
-    """Pairs of frames from files, cropped to `frame_shape` if that is given: at random for training, else the centre."""
+    """Pairs of frames from files, cropped to `frame_shape` if that is given: training at random, else the centre."""
 
     def __init__(self, examples: list[tuple[Path, Path, Path]], frame_shape: tuple[int, ...] | None,
                  train: bool = False, flip: bool = False, train_pixels: int | None = None):
@@ -217,7 +219,7 @@ def find_sintel(root: Path, config: FlowDataConfig) -> tuple[Examples, Examples]
     passes = ("clean", "final") if config.sintel_pass == "both" else (config.sintel_pass,)
     train, val = [], []
     for folder in (root / "training" / name for name in passes):
-        for n, scene in enumerate(find(folder, "*")):
+        for n, scene in enumerate(find(folder, "*/")):
             pairs = pairwise(find(scene, "frame_*.png"))
             (train if n % 8 else val).extend(
                 (*pair, root / "training" / "flow" / scene.name / f"{pair[0].stem}.flo") for pair in pairs)
@@ -249,5 +251,5 @@ DATASETS = {"generated": None, "sintel": find_sintel, "chairs": find_chairs, "ki
 def find(folder: Path, pattern: str) -> list[Path]:
     """Sorted; raises UserError if there is nothing."""
     if not (found := sorted(folder.glob(pattern))):
-        raise UserError(f"there is no {folder / pattern}; data.path must be the folder that holds the dataset")
+        raise UserError(f"there is no {folder}/{pattern}; data.path must be the folder that holds the dataset")
     return found
