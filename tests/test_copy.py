@@ -140,6 +140,7 @@ def test_windows_grow_from_the_middle_to_the_sequence():
             assert 128 < end < 128 + reach and example["mirrored"].any()
         seen.append(reach)
     assert seen == sorted(seen) and seen[0] == 16 and 100 < seen[-1] <= 128
+    assert all(len(CopyWindows(16, 8, 8, 0, 9)[step, 0]["input_ids"]) < 16 for step in range(9))
     assert "prefix_keep" not in windows[60, 0] and windows[60, 0]["labels"].shape == (32,)
 
 

@@ -60,7 +60,8 @@ class CopyWindows(Dataset):
         sequence, middle, step = mirrored(self.length, rng), self.length // 2, key[0]
         if step >= self.grow_steps:
             return window(sequence, rng.integers(self.min_crop, self.length), self.num_latents)
-        reach = int(16 * (middle / 16) ** (step / self.grow_steps) ** 2)
+        first = min(16, middle)
+        reach = int(first * (middle / first) ** (step / self.grow_steps) ** 2)
         num_latents = min(self.num_latents, reach)
         end = middle + rng.integers(min(num_latents, reach // 2), reach)
         keep = np.arange(end - 2 * reach, end - num_latents).clip(min=0)  # SOS several times, to have the same number
