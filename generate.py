@@ -25,7 +25,7 @@ from perceiver.distributed import init_ranks
 from perceiver.errors import UserError, run_script
 from perceiver.model import PerceiverAR
 from perceiver.pretrained import find_beside, from_pretrained, read_config
-from perceiver.sampling import generate
+from perceiver.sampling import generate, quantize
 from perceiver.tasks import CausalLM, Copy, ImageSequences, SymbolicMusic, Task, load_checkpoint
 
 
@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ckpt", required=True, help="a checkpoint of train.py (.pt), or published weights: krasserm/"
                         "perceiver-ar-clm-base, krasserm/perceiver-ar-sam-giant-midi, or a folder or file with them")
-    parser.add_argument("--tokenizer", help="a tokenizer.json; default: the one in the checkpoint, or beside the weights")
+    parser.add_argument("--tokenizer", help="text: a tokenizer.json; default: that of the checkpoint or the weights")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", help="the text to continue; - reads it from stdin. Music, images: a file")
     source.add_argument("--prompt-file", help="a file with what to continue")
@@ -48,8 +48,9 @@ def parse_args() -> argparse.Namespace:
                         "numbered) or completion.png")
     parser.add_argument("--piano-roll", metavar="PNG", help="music: file for a picture, with what is new in red")
     parser.add_argument("--no-kv-cache", action="store_true", help="evaluate the whole model for every token")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of weights and caches; bfloat16 is for GPUs")
-    parser.add_argument("--compile", action="store_true", help="decode by torch.compile: some 20 s at first, then faster")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "int8"),
+                        help="of weights; bfloat16, also of caches: for GPUs; int8: with --compile, for one sample")
+    parser.add_argument("--compile", action="store_true", help="decode by torch.compile: 20 s at first, then faster")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args()
 
@@ -108,8 +109,8 @@ def continue_text(task: CausalLM, model: PerceiverAR, args: argparse.Namespace) 
     for stream in streams:
         tokenizer.stream(prompt, stream, final=True)  # how a text goes on may depend on what it follows
     if args.num_samples > 1:
-        samples = zip(streams, zip(*steps))
-        write("\n-----\n".join(text + tokenizer.stream(tokens, stream, final=True) for stream, tokens in samples) + "\n")
+        samples = [text + tokenizer.stream(tokens, stream, final=True) for stream, tokens in zip(streams, zip(*steps))]
+        write("\n-----\n".join(samples) + "\n")
         return
     for number, tokens in enumerate(steps):
         write((text if number == 0 else "") + tokenizer.stream(tokens, streams[0]))
@@ -184,7 +185,11 @@ def main(args: argparse.Namespace) -> None:
                         "Perceiver AR")
     if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--compile needs a C++ compiler: install g++, or name one by the environment variable CXX")
-    if args.dtype is not None:
+    if args.dtype == "int8":
+        if not args.compile:
+            raise UserError("--dtype int8 is slower than float32 without --compile")
+        quantize(model)
+    else:
         model.to(getattr(torch, args.dtype))
     GENERATORS[type(task)](task, model, args)
 

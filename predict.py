@@ -28,6 +28,7 @@ from perceiver.data.video import SUFFIXES, video_frames
 from perceiver.distributed import init_ranks
 from perceiver.errors import UserError, run_script
 from perceiver.flow import compute_flow
+from perceiver.model import PerceiverARConfig
 from perceiver.pretrained import VARIANTS, load_weights, published_class_names, read_pretrained
 from perceiver.tasks import (Classification, ImageClassification, MaskedLM, MultimodalAutoencoding, OpticalFlow, Task,
                              TextClassification, load_checkpoint)
@@ -47,8 +48,8 @@ text classifiers    INPUT is a text file, the model sees its beginning
 image classifiers   INPUT is an image file
 optical flow        INPUTs are two or more images, in their order, or a folder of images, or a video file. Written are
                     pictures of how each moves to the next and, of two or more images, .flo files
-video autoencoders  INPUT is a video file, the model sees and hears its beginning. Printed are classes; written are a video
-                    and a picture of the original beside what the model makes of it, and the sound that it makes
+video autoencoders  INPUT is a video file, the model sees and hears its beginning. Printed are classes; written are a
+                    video and a picture of the original beside what the model makes of it, and the sound it makes
 """
 
 
@@ -193,6 +194,8 @@ def load(source: str, variant: str, device: torch.device) -> tuple[Task, nn.Modu
     if Path(source).suffix == ".pt":
         return load_checkpoint(source, device)
     config, state = read_pretrained(source, variant)
+    if isinstance(config, PerceiverARConfig):
+        raise UserError(f"{source} is a Perceiver AR: use generate.py")
     model = config.build()
     load_weights(model, state, source)
     if isinstance(config, MaskedLMConfig):

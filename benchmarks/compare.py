@@ -191,15 +191,15 @@ class Side:
         return json.loads(line) if line else sys.exit(f"{self.process.args} ended; its error is above")
 
 
-def decode_size(num_parameters: int, batch_size: int = 1) -> int:
-    """Numbers that a token of a batch reads: all parameters but the positions of other tokens, the keys and values."""
+def decode_bytes(num_parameters: int, batch_size: int = 1, weight_bytes: int = 4, cache_bytes: int = 4) -> int:
+    """What a token of a batch reads: all parameters but the positions of other tokens, the keys and values."""
     keys = PROMPT + TOKENS // 2 + 8 * (PROMPT + TOKENS // 2 - PREFIX)
-    return num_parameters - (4096 - 1) * 512 + batch_size * 2 * 512 * keys
+    return weight_bytes * (num_parameters - (4096 - 1) * 512) + cache_bytes * batch_size * 2 * 512 * keys
 
 
-def reading_time(size: int, device: str, dtype: torch.dtype = torch.float32) -> float:
-    """Seconds to read `size` numbers once, at the best of five passes over that much memory."""
-    memory = torch.ones(size // 1024, 1024, device=device, dtype=dtype)
+def reading_time(num_bytes: int, device: str) -> float:
+    """Seconds to read so much memory once, at the best of five passes."""
+    memory = torch.ones(num_bytes // 4096, 1024, device=device)  # float32
     return min(timed(lambda: memory.sum(1), device) for _ in range(5))
 
 
@@ -242,7 +242,7 @@ def main() -> None:
             order = sides if i % 2 else sides[::-1]  # who goes first alternates
             pairs.append([side(row)["seconds"] for side in order][:: 1 if i % 2 else -1])
             if row.startswith("decode"):
-                floors.append(reading_time(decode_size(num_parameters), args.device))
+                floors.append(reading_time(decode_bytes(num_parameters), args.device))
         a, b = (f"{1e3 * median(times):.2f} ms" for times in zip(*pairs))
         low, ratio, high = quantiles((peer / mine for mine, peer in pairs), n=4)
         least = "|"

@@ -1,25 +1,26 @@
 """How far cached decoding is from the time of reading the weights and the cache once, on one device.
 
-    PYTHONPATH=. python benchmarks/decode.py [--rounds 12] [--device cpu]
+    PYTHONPATH=. python benchmarks/decode.py [--rounds 9] [--device cpu]
 
 The model is that of configs/clm_wikitext103.yaml, the context 3500 of 4096 tokens. `equal` rows have that length each,
 `ragged` ones have it in the mean and differ by 8 to 56 tokens. `stride` is a mean over as many tokens as there are
 between two re-encodings, so that every row is encoded anew once; other figures are of tokens without. Every round
-measures the floor and each side, in turns; times are the least of all rounds, ratios the medians over rounds.
+measures the floor and each side, in turns, each at its best of 5 times; the table has the least of all rounds, and for
+ratios the medians over rounds.
 """
 import argparse
 from datetime import date
 from statistics import median
 
 import torch
-from compare import PREFIX, PROMPT, decode_size, machine, prompt, reading_time, timed
+from compare import PREFIX, PROMPT, decode_bytes, machine, prompt, reading_time, timed
 
 from perceiver.model import PerceiverAR, PerceiverARConfig
-from perceiver.sampling import Decoder
+from perceiver.sampling import Decoder, quantize
 
-TOKENS, STRIDE = 4, 256  # tokens of a measurement, and of one over a whole stride
-KINDS = [(1, torch.float32, False), (1, torch.float32, True), (8, torch.float32, False), (8, torch.float32, True),
-         (1, torch.bfloat16, False), (1, torch.bfloat16, True)]  # batch, dtype, compiled
+STRIDE = 256  # tokens between two re-encodings
+KINDS = [(1, "float32", False), (1, "float32", True), (8, "float32", False), (8, "float32", True),
+         (1, "bfloat16", False), (1, "bfloat16", True), (1, "int8", True)]  # batch, dtype of weights, compiled
 
 
 def decoder(model: PerceiverAR, batch_size: int, apart: int, compile: bool) -> Decoder:
@@ -36,43 +37,46 @@ def step(decoder: Decoder) -> None:
     decoder.append(decoder.logits().argmax(-1))
 
 
-def table_row(name: str, batch_size: int, seconds: list[list[float]], gigabytes: float) -> None:
+def table_row(name: str, batch_size: int, seconds: list[list[float]], num_bytes: int) -> None:
     """`seconds` of every round: of the floor, a token of equal rows, one of ragged rows (if there are)."""
     floor, equal, *ragged = map(min, zip(*seconds))
     cells = [name, f"{1e3 * equal:.2f} ms", f"{batch_size / equal:.0f}", f"{1e3 * floor:.2f} ms",
-             f"{gigabytes / floor:.0f} GB/s", f"{median(times[1] / times[0] for times in seconds):.2f}"]
-    if ragged:
-        cells += [f"{1e3 * ragged[0]:.2f} ms", f"{median(times[2] / times[1] for times in seconds):.2f}"]
+             f"{num_bytes / floor / 1e9:.0f} GB/s", f"{median(times[1] / times[0] for times in seconds):.2f}"]
+    cells += [f"{1e3 * ragged[0]:.2f} ms", f"{median(s[2] / s[1] for s in seconds):.2f}"] if ragged else ["", ""]
     print("|", " | ".join(cells), "|", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
-    torch.manual_seed(0)
-    model = PerceiverAR(PerceiverARConfig()).to(args.device).eval()
-    num_parameters = sum(p.numel() for p in model.parameters())
     print(f"{date.today()}, {machine(args.device)}, torch {torch.__version__}, {args.rounds} rounds\n")
     print("| decoding | equal | tokens/s | floor | bandwidth | equal / floor | ragged | ragged / equal |")
     print("|---|---|---|---|---|---|---|---|")
     for batch_size, dtype, compile in KINDS:
-        model.to(dtype)
+        torch.manual_seed(0)
+        model = PerceiverAR(PerceiverARConfig()).to(args.device).eval()
+        num_parameters = sum(p.numel() for p in model.parameters())
+        if dtype == "int8":
+            quantize(model)
+        else:
+            model.to(getattr(torch, dtype))
+        cache_bytes = model.token_embedding.weight.element_size()
+        weight_bytes = 1 if dtype == "int8" else cache_bytes
         sides = [decoder(model, batch_size, apart, compile) for apart in ((0, 8) if batch_size > 1 else (0,))]
-        size = decode_size(num_parameters, batch_size)
+        num_bytes = decode_bytes(num_parameters, batch_size, weight_bytes, cache_bytes)
 
-        def measure(tokens: int) -> list[float]:
-            return [reading_time(size, args.device, dtype),
-                    *(timed(lambda: step(side), args.device, tokens) for side in sides)]
+        def measure(tokens: int, times: int) -> list[float]:
+            return [reading_time(num_bytes, args.device),
+                    *(min(timed(lambda: step(side), args.device, tokens) for _ in range(times)) for side in sides)]
 
-        name = f"batch {batch_size}, {str(dtype).removeprefix('torch.')}, {'compiled' if compile else 'eager'}"
-        gigabytes = size * dtype.itemsize / 1e9
-        table_row(name, batch_size, [measure(TOKENS) for _ in range(args.rounds)], gigabytes)
+        name = f"batch {batch_size}, {dtype}, {'compiled' if compile else 'eager'}"
+        table_row(name, batch_size, [measure(1, 5) for _ in range(args.rounds)], num_bytes)
         assert {first_latent for side in sides for _, first_latent in side.cached} == {PREFIX}, "too many rounds"
         if batch_size > 1:
-            table_row(f"{name}, stride", batch_size, [measure(STRIDE) for _ in range(2)], gigabytes)
+            table_row(f"{name}, stride", batch_size, [measure(STRIDE, 1) for _ in range(2)], num_bytes)
 
 
 if __name__ == "__main__":

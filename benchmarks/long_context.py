@@ -89,11 +89,14 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{date.today()}, {machine(device)}, torch {torch.__version__}, {' '.join(sys.argv)}\n")
     print("| T | step, ms | us per token | memory, MiB | KiB per token |\n|---|---|---|---|---|")
+    # One thread; and glibc's first threshold for mapping an array, which would grow with what is freed: arrays of all
+    # sizes then leave memory when they are freed, and the peak is what is alive.
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**17)}
     costs = []
     for length in args.lengths:
         command = [sys.executable, __file__, args.config, *args.overrides, "--worker", "--lengths", str(length),
                    "--repeats", str(args.repeats)]
-        result = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True)
+        result = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True)
         cost = json.loads(result.stdout)
         costs.append((cost["seconds"], cost["mib"]))
         print(f"| {length:,} | {1e3 * costs[-1][0]:,.1f} | {1e6 * costs[-1][0] / length:.2f} | {costs[-1][1]:,.0f} | "

@@ -93,7 +93,7 @@ def resume(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, r
 
 # What of a model may change from one part of a run to the next: nothing that its weights depend on.
 FREE = {"cross_attention_dropout", "post_attention_dropout", "residual_dropout", "dropout", "activation_checkpointing",
-        "init_scale", "init_from"}
+        "init_scale", "init_from", "z_loss"}
 ELSEWHERE = "choose another train.out_dir, or train.resume=never"
 
 

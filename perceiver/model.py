@@ -49,9 +49,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 
 
 def attend_once(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """`attend` for a single query, with `bias` (B, 1, M) added to the scores: two products of matrix and vector, each of
-    which reads its matrix once. With v stored as (B, H, C/H, M) both do so along the rows, which on the CPU takes 0.7
-    of the time of kernels that are made for many queries."""
+    """`attend` for a single query, with `bias` (B, 1, M) added to the scores: two products of matrix and vector.
+
+    With v stored as (B, H, C/H, M) both read along the rows of their matrix, which compiles to loops at the speed of
+    memory (CPU: keys at 37 GB/s where values in the other order come at 17).
+    """
     scores = (k @ (q * scale).mT)[..., 0]  # (B, H, M)
     if bias is not None:
         scores = scores + bias
@@ -673,7 +675,7 @@ class KVCache:
     """Keys and values of every layer for B sequences that are being continued, in buffers allocated once.
 
     A sequence owns one row. Its keys lie in the order of their positions and are stored rotated, in the dtype of the
-    weights, so that nothing of them changes while tokens are appended. There are two ways to run the model with a cache:
+    weights, so that nothing of them changes while tokens are appended. There are two ways to run a model with a cache:
 
         cache.prefill(rows, M, N'); model(ids (len(rows), M), N', cache=cache)    starts these rows anew
         cache.advance(); model(ids (B, 1), cache=cache)                           appends a token to every row
@@ -691,7 +693,8 @@ class KVCache:
 
         def buffers(slots: int) -> tuple[Tensor, Tensor]:
             qk, v = model.cross_attention.attention.head_widths(weight.device)
-            pair = weight.new_zeros(batch_size, c.num_heads, slots, qk), weight.new_zeros(batch_size, c.num_heads, v, slots)
+            rows = batch_size, c.num_heads
+            pair = weight.new_zeros(*rows, slots, qk), weight.new_zeros(*rows, v, slots)
             if static and weight.is_cuda:  # or else a CUDA graph would copy the buffers to addresses of its own
                 for buffer in pair:
                     torch._dynamo.mark_static_address(buffer)

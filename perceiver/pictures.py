@@ -1,4 +1,4 @@
-"""Pictures of what a model looks at, the first cross-attention of an encoder over an image or a text; of music, of samples.
+"""Pictures of what a model looks at, the first cross-attention of an encoder over an image or a text; of what it makes.
 
 Attention is recomputed for them; neither training nor inference ever has it in memory. A picture is a tensor (3, H, W)
 of uint8, as TensorBoard and PNG take it.

@@ -22,7 +22,7 @@ def training_flops(task: Task, batch: dict[str, Tensor]) -> int:
     Counted on tensors without data, so that nothing is computed and no kernel's own formula is needed.
     """
     with torch.device("meta"):
-        model = task.build_model()
+        model = task.build_model().requires_grad_(False)  # the counter stumbles over views of what has gradients
     batch = {name: values.to("meta") for name, values in batch.items()}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         task.loss(model, batch)

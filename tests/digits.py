@@ -1,4 +1,4 @@
-"""scikit-learn's digits, 8x8, as MNIST's files: `python tests/digits.py FOLDER` writes 1437 for training, 360 for testing."""
+"""scikit-learn's digits, 8x8, as MNIST's files: `python tests/digits.py FOLDER` writes 1437 and, for testing, 360."""
 import struct
 import sys
 from pathlib import Path

@@ -145,11 +145,11 @@ def test_windows_grow_from_the_middle_to_the_sequence():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, str]:
-    """Half of the recipe's context, in a quarter of its steps."""
+    """A smaller model at half of the recipe's context, in a quarter of its steps."""
     folder = tmp_path_factory.mktemp("copy") / "run"
     result = run_script("train.py", "configs/copy.yaml", f"train.out_dir={folder}", "model.max_seq_len=16",
-                        "model.num_latents=8", "model.num_channels=64", "data.min_crop=12", "train.max_steps=500",
-                        "train.eval_every=500")
+                        "model.num_latents=8", "model.num_channels=64", "data.min_crop=12", "data.batch_size=64",
+                        "optim.lr=3e-3", "train.max_steps=500", "train.eval_every=500")
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
 

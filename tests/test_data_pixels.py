@@ -69,8 +69,7 @@ def check(example: dict, images: Noise, max_seq_len: int, num_latents: int) -> i
     places = [(index, end) for index in range(len(images)) for end in range(len(whole), 62)
               if images.tokens(index)[end - len(whole) : end] == whole]
     assert len(places) == 1 and (padding == 0 or whole[0] == START)
-    for label, token in zip(example["labels"][::-1], whole[::-1]):
-        assert label in (token, IGNORE)
+    assert all(label in (token, IGNORE) for label, token in zip(example["labels"][::-1], whole[::-1]))
     return places[0][1] - 1
 
 
@@ -85,7 +84,8 @@ def test_training_crops_are_starts_of_random_length():
     kept = example["prefix_keep"].tolist()
     assert len(set(kept)) == 11 and max(kept) < 44 and kept != crops[7, 3]["prefix_keep"].tolist()
     whole = PixelCrops(images, 60, 60, num_kept=0)[1]  # as many latents as values: nothing is random, nothing padded
-    assert "prefix_keep" not in whole and not whole["pad_mask"].any() and whole["labels"].tolist() == images.tokens(1)[1:]
+    assert "prefix_keep" not in whole and not whole["pad_mask"].any()
+    assert whole["labels"].tolist() == images.tokens(1)[1:]
 
 
 def test_the_loss_of_images_does_not_depend_on_the_number_of_latents():

@@ -12,6 +12,7 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 import generate
+import predict
 from conftest import GOLDEN, ROOT, TINY, read_metrics, run_train
 from perceiver.config import load_config
 from perceiver.data import JsonTokenizer, Tokens, tokenize
@@ -161,6 +162,12 @@ def test_published_weights_with_a_tokenizer(tmp_path, generated):
     with torch.inference_mode():
         best = from_pretrained(folder)(prompt)[0, -1].argmax().item()
     assert text.startswith("abc" + "abcdefghijklmnopqrs"[best]) and len(text) == 3 + 40 + 1
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "perceiver-ar-symbolic-audio-model"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="model.vocab_size=19 must be 389"):  # it is taken for a model of music
+        generated(*args)
+    with pytest.raises(UserError, match="use generate.py"):
+        predict.load(str(folder), "deepmind", torch.device("cpu"))
     with pytest.raises(UserError, match="is for predict.py"):
         generated("--ckpt", GOLDEN / "masked-lm", "--prompt", "a")
 

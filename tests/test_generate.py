@@ -1,3 +1,6 @@
+import os
+import shutil
+
 import pytest
 
 from conftest import run_script, run_train
@@ -38,6 +41,15 @@ def test_cache_stride_prompt_and_batch(ckpt, tmp_path):
     assert several[1] == sample(ckpt, "--prompt", "the quick brown ", *args, "--seed", "1").stdout
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--compile", "--dtype", "int8"]])
+def test_other_weights_write_the_same_text(ckpt, options):
+    result = sample(ckpt, "--prompt", "the quick", "--max-new-tokens", "75", "--temperature", "0", *options)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ("the quick brown fox. " * 5)[:84] + "\n"
+
+
 def test_a_long_prompt_is_not_cut_silently(ckpt):
     prompt = "the quick brown fox. " * 5
     result = sample(ckpt, "--prompt", prompt, "--max-new-tokens", "9", "--temperature", "0")
@@ -52,6 +64,8 @@ def test_a_long_prompt_is_not_cut_silently(ckpt):
     (["--prompt", "a", "--stride", "9"], "stride=9"),
     (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
     (["--prompt-file", "/nowhere.txt"], "/nowhere.txt"),
+    (["--prompt", "a", "--dtype", "int8"], "--compile"),
+    (["--prompt", "a", "--compile", "--no-kv-cache"], "cache"),
 ])
 def test_mistakes_are_one_line_and_exit_code_2(ckpt, args, message):
     result = sample(ckpt, *args)

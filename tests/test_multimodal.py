@@ -98,7 +98,8 @@ def test_gradients_reach_every_parameter(model, inputs):
 def test_the_official_size():
     encoder = PerceiverEncoderConfig(1, num_self_attention_layers_per_block=8)
     with torch.device("meta"):
-        model = MultimodalAutoencoderConfig(784, 512, encoder, PerceiverDecoderConfig(1, num_query_channels=1024)).build()
+        decoder = PerceiverDecoderConfig(1, num_query_channels=1024)
+        model = MultimodalAutoencoderConfig(784, 512, encoder, decoder).build()
         inputs = {"image": torch.empty(1, 16, 3, 224, 224), "audio": torch.empty(1, 30720, 1),
                   "label": torch.empty(1, 700)}
         assert model.input_adapter(inputs).shape == (1, 52_097, 704)

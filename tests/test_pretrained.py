@@ -282,8 +282,8 @@ def test_training_starts_from_a_whole_perceiver_ar(tmp_path):
     small = dataclasses.asdict(read_pretrained(golden)[0])
 
     def started(source: Path, **changes) -> nn.Module:
-        values = {"task": "causal_lm", "model": small | {"init_from": str(source)} | changes, "data": {"holds_ids": True}}
-        config = from_dict(values, TASKS)
+        values = {"task": "causal_lm", "model": small | {"init_from": str(source)} | changes}
+        config = from_dict(values | {"data": {"holds_ids": True}}, TASKS)
         task = TASKS["causal_lm"](config)
         model = task.build_model()
         assert not torch.equal(model.token_embedding.weight, weights["token_embedding.weight"])

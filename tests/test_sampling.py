@@ -61,8 +61,12 @@ def uncompiled(monkeypatch):
 
 @pytest.mark.parametrize("options", [dict(), dict(latent_keys="q_norm"), GOOGLE])
 @pytest.mark.parametrize("lengths", [[5], [1, 7, 24, 40]])
-def test_the_step_that_is_compiled_equals_the_uncached_model(uncompiled, options, lengths):
-    check_compiled(small_model(**options), [tokens(length).tolist() for length in lengths], 2 * T)
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_step_that_is_compiled_equals_the_uncached_model(uncompiled, options, lengths, int8):
+    model = small_model(**options)
+    if int8:
+        sampling.quantize(model)
+    check_compiled(model, [tokens(length).tolist() for length in lengths], 2 * T)
 
 
 def check_compiled(model, prompts, steps) -> Decoder:
@@ -96,6 +100,22 @@ def test_a_compiled_step_is_compiled_once():
         torch._dynamo.utils.counters.clear()
         check_compiled(model, [tokens(length).tolist() for length in (3, 9)], 2 * T)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 - seed
+
+
+def test_int8_weights_are_the_nearest_multiples_of_a_scale():
+    model = small_model(**GOOGLE)
+    weights = {name: layer.weight for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    weights["cross_attention.attention.q"].data[3] = 0.0  # nothing to scale
+    exact = model(tokens(2, 20))
+    sampling.quantize(model)
+    assert len(weights) == 6 * (1 + model.config.num_self_attention_layers) + 1
+    for name, weight in weights.items():
+        layer = model.get_submodule(name)
+        error = (layer.weight - weight).abs()
+        assert (error <= weight.abs().amax(1, keepdim=True) / 127 * 0.5001).all() and error.max() > 0
+        row = torch.randn(1, weight.shape[1]).double()
+        assert (layer(row) - layer(row.expand(2, -1))[:1]).abs().max() < 1e-12
+    assert 0 < (model(tokens(2, 20)) - exact).std() < 0.1 * exact.std()
 
 
 @pytest.mark.parametrize("compile", [False, True])

@@ -4,14 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import default_collate
 
 from conftest import ROOT, read_metrics, run_script
 from digits import write_digits
 from perceiver import checkpoint
 from perceiver.config import load_config
+from perceiver.distributed import floats
+from perceiver.speed import training_flops
 from perceiver.tasks import TASKS
 
 SIZES = {
+    "autoencode_kinetics": 19_858_855,
     "clm_wikitext103": 30_563_078,
     "clm_c4": 453_950_720,
     "copy_8k": 89_757_955,
@@ -137,3 +142,66 @@ def test_mistakes_are_one_line_and_exit_code_2(digits, mlm, tmp_path, config, ar
     result = run_script("train.py", f"configs/{config}.yaml", f"train.out_dir={tmp_path}/run", *data, *args)
     assert result.returncode == 2 and message in result.stderr, result.stderr
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Videos
+
+SMALL_CLIPS = ["model.input.image_shape=[4,16,16,3]", "model.input.max_resolution=[4,4,4]", "data.num_val_clips=8",
+               "model.input.num_audio_samples=256", "data.sample_rate=512", "data.num_chunks=3", "model.num_latents=32",
+               "data.num_audio_queries=8"]
+
+
+def test_videos_are_learned(tmp_path):
+    """Better than the mean frame by far: more than the colours of shape and ground is known after a few steps."""
+    result = train("autoencode", tmp_path / "run", *SMALL_CLIPS, "data.audio_weight=0.1", "train.max_steps=350",
+                   "train.eval_every=350", "optim.schedule=constant")
+    found = re.search(r"PSNR ([\d.]+) dB; .* it would be ([\d.]+) dB, .* own frames ([\d.]+) dB", result.stdout)
+    assert float(found[1]) > float(found[2]) + 3, found[0]
+    assert float(found[1]) == pytest.approx(read_metrics(tmp_path / "run", "val")[-1]["psnr"], abs=0.01)
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert events.Images("frames")[0].width == 4 + 4 * (96 + 4)
+    assert events.Audio("sound")[0].sample_rate == events.Audio("sound_again")[0].sample_rate == 512
+
+
+def test_ranks_change_nothing_in_videos(tmp_path):
+    """What is asked for and which classes are shown belong to the example."""
+    common = ["train.py", "configs/autoencode.yaml", *SMALL_CLIPS, "data.batch_size=4", *SHORT]
+    runs = [run_script(*common, f"train.out_dir={tmp_path}/{processes}", processes=processes) for processes in (1, 2)]
+    assert all(run.returncode == 0 for run in runs), runs[1].stderr
+    for split, length in (("train", 10), ("val", 1)):
+        one, two = (read_metrics(tmp_path / str(processes), split) for processes in (1, 2))
+        assert len(one) == length
+        for name in ("loss", "psnr", "audio_snr", "accuracy"):
+            assert [line.get(name) for line in one] == pytest.approx([line.get(name) for line in two], abs=1e-3)
+
+
+@pytest.mark.parametrize("distance", ["l1", "l2"])
+def test_losses_of_videos_by_hand(distance):
+    """All outputs at once in evaluation; in training those that are asked for."""
+    config = load_config(ROOT / "configs/autoencode.yaml", [*SMALL_CLIPS, f"data.distance={distance}"], TASKS)
+    torch.manual_seed(0)
+    task = TASKS[config.task](config)
+    model, (train_set, val_set) = task.build_model(), task.load_data()
+    batch = default_collate([train_set[0, index] for index in range(3)])
+    data, positions = config.data, batch["image_positions"]
+    assert training_flops(task, batch) > 1e6  # on tensors without data
+    for training in (True, False):
+        sums = floats(task.loss(model.train(training), batch))
+        mask = batch["label_mask"] if training else torch.ones(3, 1, dtype=torch.bool)
+        out = model({"image": batch["image"], "audio": batch["audio"], "label_mask": mask,
+                     "label": torch.nn.functional.one_hot(batch["label"], 9).float()})
+        difference = {name: out[name] - batch[name] for name in ("image", "audio")}
+        if training:
+            pixels = difference["image"].permute(0, 1, 3, 4, 2).reshape(3, -1, 3)
+            difference["image"] = torch.stack([pixels[b, positions[b]] for b in range(3)])
+            patches = difference["audio"].reshape(3, -1, 16)
+            difference["audio"] = torch.stack([patches[b, batch["audio_positions"][b]] for b in range(3)])
+        means = {name: values.abs().pow(1 if distance == "l1" else 2).mean() for name, values in difference.items()}
+        expected = (data.image_weight * means["image"] + data.audio_weight * means["audio"]
+                    + data.label_weight * torch.nn.functional.cross_entropy(out["label"], batch["label"]))
+        metrics = task.metrics(sums)
+        assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-4)
+        assert metrics["psnr"] == pytest.approx(-10 * difference["image"].square().mean().log10().item(), abs=1e-3)
+        assert sums["masked"] == mask.sum()

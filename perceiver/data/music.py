@@ -181,8 +181,8 @@ def with_shifts(steps: np.ndarray, ids: np.ndarray) -> np.ndarray:
 def decode(events: Iterable[int]) -> list[Note]:
     """The notes of events, in the order in which they begin; velocities are the middle of their bins.
 
-    What a model may write does no harm: the end of a note that doesn't sound is nothing, a note without an end lasts to
-    the end of the piece, and every note lasts 10 ms at least.
+    What a model may write does no harm: the end of a note that doesn't sound is nothing, a note whose end is missing
+    lasts a second or to the end of the piece, and every note lasts 10 ms at least.
     """
     onsets, pitches, velocities, ends = [], [], [], {}  # of notes by number
     sounding = defaultdict(deque)  # numbers of notes by pitch, oldest first
@@ -200,8 +200,11 @@ def decode(events: Iterable[int]) -> list[Note]:
             step += event - SHIFT + 1
         elif event < PAD:
             velocity = 4 * (event - VELOCITY) + 2
-    return [Note(onset / STEPS_PER_SECOND, max(ends.get(number, step), onset + 1) / STEPS_PER_SECOND, pitch, velocity)
-            for number, (onset, pitch, velocity) in enumerate(zip(onsets, pitches, velocities))]
+    notes = []
+    for number, (onset, pitch, velocity) in enumerate(zip(onsets, pitches, velocities)):
+        end = max(ends.get(number, min(step, onset + STEPS_PER_SECOND)), onset + 1)
+        notes.append(Note(onset / STEPS_PER_SECOND, end / STEPS_PER_SECOND, pitch, velocity))
+    return notes
 
 
 def transpose(events: np.ndarray, semitones: int) -> np.ndarray:

@@ -47,7 +47,7 @@ def to_images(tokens: Tensor, image_shape: tuple[int, ...]) -> Tensor:
 
 class PixelCrops(Dataset):
     """Training examples: the start of an image, of which the last N tokens are predicted, as Google's dataset.py crops
-    sequences that fit into the context. Lengths are uniform between N and S; randomness is from torch's CPU generator."""
+    sequences that fit into the context. Lengths are uniform from N to S; randomness is from torch's CPU generator."""
 
     def __init__(self, images: Images, max_seq_len: int, num_latents: int, num_kept: int):
         self.images, self.max_seq_len, self.num_latents, self.num_kept = images, max_seq_len, num_latents, num_kept
@@ -68,7 +68,7 @@ class PixelCrops(Dataset):
 
 
 class PixelBlocks(Dataset):
-    """Whole images for evaluation: every value is predicted once, N at a time, each with all of its context that fits."""
+    """Whole images for evaluation: every value is predicted once, N at a time, with all of the context that fits."""
 
     def __init__(self, images: Images, num_values: int, max_seq_len: int, num_latents: int):
         self.images, self.max_seq_len, self.num_latents = images, max_seq_len, num_latents

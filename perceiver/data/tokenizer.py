@@ -15,7 +15,7 @@ from perceiver.errors import UserError
 class JsonTokenizer:
     """Text <-> token ids by BPE, Unigram and what else a tokenizer.json may hold; the interface of ByteTokenizer.
 
-    Special tokens are neither added nor decoded. Raises UserError if `json` is no tokenizer, or `tokenizers` is missing.
+    Special tokens are neither added nor decoded. Raises UserError if `json` is no tokenizer or `tokenizers` is missing.
     """
 
     def __init__(self, json: str, source: str | Path):

@@ -33,8 +33,9 @@ class VideoDataConfig(LoaderConfig):
     num_image_queries: int = 512  # pixels that a training example asks for, drawn at random
     num_audio_queries: int = 512  # patches of sound that it asks for
     label_mask_prob: float = 0.5  # share of training examples that don't see their class; in validation none does
-    image_weight: float = 0.03  # of the mean distance (L1) of pixels in the loss; all weights are the paper's
-    audio_weight: float = 1.0  # of the mean distance (L1) of samples of the sound
+    distance: str = "l1"  # of pixels and samples in the loss: l1, the paper's, or l2, the squared one
+    image_weight: float = 0.03  # of the pixels' mean distance; all weights are the paper's
+    audio_weight: float = 1.0  # of the samples' mean distance
     label_weight: float = 1e-4  # of the class's cross-entropy
     num_chunks: int = 128  # validation decodes in this many parts, which saves memory
 
@@ -44,6 +45,7 @@ class VideoDataConfig(LoaderConfig):
                 f"dataset={self.dataset!r} must be generated; your own videos go in data.path")
         require(0 < self.val_fraction <= 0.5, f"val_fraction={self.val_fraction} must be in (0, 0.5]")
         require(0 <= self.label_mask_prob <= 1, f"label_mask_prob={self.label_mask_prob} must be in [0, 1]")
+        require(self.distance in ("l1", "l2"), f"distance={self.distance!r} must be l1 or l2")
         for name in ("num_val_clips", "sample_rate", "num_image_queries", "num_audio_queries", "num_chunks"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("image_weight", "audio_weight", "label_weight"):
@@ -113,11 +115,11 @@ class GeneratedClips(Dataset):
                 lambda time: (0.5 + 0.25 * np.cos(turn(time)), 0.5 + 0.25 * np.sin(turn(time))))[kind]
 
     def sound(self, move: Callable, rng: np.random.Generator) -> np.ndarray:
-        """(S,): a tone from 100 Hz, at the bottom, to 300 Hz."""
+        """(S,): a tone from 60 Hz, at the bottom, to 180 Hz."""
         moments = (np.arange(self.shape.num_samples) + 0.5) / self.shape.num_samples
         x, y = move(moments)
         loudness = 0.2 + 0.2 * np.hypot(np.gradient(x, moments), np.gradient(y, moments)).clip(0, 4)
-        cycles = np.cumsum(100 + 200 * (1 - y)) / self.shape.sample_rate
+        cycles = np.cumsum(60 + 120 * (1 - y)) / self.shape.sample_rate
         return np.sin(2 * np.pi * (cycles + rng.uniform())) * loudness
 
 
@@ -143,7 +145,7 @@ class VideoFiles(Dataset):
 
 
 class WithQueries(Dataset):
-    """Clips with what training asks of them: image_positions, audio_positions and label_mask (1,), by torch's generator."""
+    """Clips with what training asks of them, by torch's generator: image_positions, audio_positions, label_mask (1,)."""
 
     def __init__(self, clips: Dataset, config: VideoDataConfig, num_pixels: int, num_patches: int):
         self.clips, self.mask_prob = clips, config.label_mask_prob

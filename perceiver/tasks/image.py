@@ -78,5 +78,5 @@ class ImageSequences(Autoregression):
         values = Tokens(np.concatenate([to_tokens(example["image"])[1:] for example in train]))
         num_values, num_latents = self.config.data.num_values, self.config.model.num_latents
         bits = bits_by_frequency(values, PixelBlocks(val, num_values, num_values, num_latents))
-        return (f"validation: {metrics['bits_per_dim']:.3f} bits per dimension; by the frequencies of values it would be "
-                f"{bits:.3f}")
+        return (f"validation: {metrics['bits_per_dim']:.3f} bits per dimension; by the frequencies of values it would "
+                f"be {bits:.3f}")

@@ -45,8 +45,8 @@ class CausalLM(Autoregression):
         if data.tokenizer is not None:
             self.tokenizer = JsonTokenizer.read(data.tokenizer)
             if self.tokenizer.vocab_size > model.vocab_size:
-                raise UserError(f"model.vocab_size={model.vocab_size} is too small for data.tokenizer={data.tokenizer}, "
-                                f"which needs {self.tokenizer.vocab_size}")
+                raise UserError(f"model.vocab_size={model.vocab_size} is too small for data.tokenizer="
+                                f"{data.tokenizer}, which needs {self.tokenizer.vocab_size}")
             if not data.holds_ids:
                 train, self.val_tokens = (tokenize(part, self.tokenizer, Path(data.cache_dir))
                                           for part in (train, self.val_tokens))
@@ -61,8 +61,8 @@ class CausalLM(Autoregression):
                 TextBlocks(self.val_tokens, model.max_seq_len, model.num_latents))
 
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """With a tokenizer, bits per byte are those per token divided by the mean length of the validation text's tokens:
-        exact there, an estimate in training. That makes tokenizers comparable."""
+        """With a tokenizer, bits per byte are those per token divided by the mean length of the validation text's
+        tokens: exact there, an estimate in training. That makes tokenizers comparable."""
         metrics = super().metrics(sums)
         if self.unit == "token" and self.val_text:
             metrics["bits_per_byte"] = metrics["bits_per_token"] * (len(self.val_tokens) - 1) / len(self.val_text)

@@ -52,13 +52,14 @@ class MultimodalAutoencoding(Task):
         else:
             outputs, mask = model.reconstruct(inputs, data.num_chunks), torch.ones_like(batch["label"])[:, None]
         errors = {name: (outputs[name].float() - target).flatten(1) for name, target in targets.items()}
-        loss = (data.image_weight * errors["image"].abs().mean(1).sum()
-                + data.audio_weight * errors["audio"].abs().mean(1).sum()
+        squares = {name: error.square().mean(1).sum() for name, error in errors.items()}
+        distances = squares if data.distance == "l2" else {name: error.abs().mean(1).sum()
+                                                           for name, error in errors.items()}
+        loss = (data.image_weight * distances["image"] + data.audio_weight * distances["audio"]
                 + data.label_weight * F.cross_entropy(outputs["label"].float(), batch["label"], reduction="sum"))
         right = outputs["label"].argmax(-1) == batch["label"]
         return {"loss": loss, "count": torch.tensor(len(right), device=loss.device),
-                "image_error": errors["image"].square().mean(1).sum(),
-                "audio_error": errors["audio"].square().mean(1).sum(),
+                "image_error": squares["image"], "audio_error": squares["audio"],
                 "audio_power": targets["audio"].flatten(1).square().mean(1).sum(),
                 "masked": mask.sum(), "masked_right": (mask[:, 0] * right).sum()}
 
