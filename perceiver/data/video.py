@@ -89,7 +89,7 @@ class GeneratedClips(Dataset):
         shape, motion = divmod(label, len(MOTIONS))
         num_frames, height, width, _ = self.shape.image_shape
         move = self.motion(motion, rng)
-        x, y = (centre[:, None, None] for centre in move(np.arange(num_frames) / num_frames))  # (T, 1, 1)
+        x, y = (middle[:, None, None] for middle in move(np.arange(num_frames) / num_frames))  # (T, 1, 1)
         rows, columns = np.meshgrid((np.arange(height) + 0.5) / height, (np.arange(width) + 0.5) / width, indexing="ij")
         across, down, size = np.abs(columns - x), np.abs(rows - y), rng.uniform(0.2, 0.28)
         distance = (np.hypot(across, down) - size, np.maximum(across, down) - 0.85 * size,
