@@ -1,6 +1,5 @@
 """Optical flow: pairs of frames and how far each pixel of the first moves. Generated, Sintel, FlyingChairs, KITTI."""
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
 
 from perceiver.config import require
@@ -16,11 +16,13 @@ from perceiver.data.batches import LoaderConfig, Shuffled
 from perceiver.data.image import read_image, reading
 from perceiver.errors import UserError
 
+FOLDERS = {"sintel": "Sintel", "chairs": "FlyingChairs", "kitti": "KittiFlow"}  # as torchvision calls them
+
 
 @dataclass
 class FlowDataConfig(LoaderConfig):
     dataset: str = "generated"  # generated, sintel, chairs (FlyingChairs) or kitti (KITTI flow 2015)
-    path: str | None = None  # folder of the dataset; generated needs none
+    path: str | None = None  # folder that holds Sintel, FlyingChairs or KittiFlow, as torchvision wants it
     max_motion: float = 4.0  # of generated: how far a thing moves at most, in pixels, right or left, and up or down
     val_examples: int = 256  # of generated: pairs to validate on
     sintel_pass: str = "both"  # of sintel: clean, final (with blur and fog), or both
@@ -30,7 +32,8 @@ class FlowDataConfig(LoaderConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.dataset in DATASETS, f"dataset={self.dataset!r} must be one of {', '.join(DATASETS)}")
+        require(self.dataset in ("generated", *FOLDERS),
+                f"dataset={self.dataset!r} must be one of generated, {', '.join(FOLDERS)}")
         require(self.path is not None or self.dataset == "generated",
                 f"path=None must name the folder of {self.dataset}")
         require(self.max_motion > 0, f"max_motion={self.max_motion} must be positive")
@@ -53,12 +56,12 @@ def load_flow(config: FlowDataConfig, frame_shape: tuple[int, ...], seed: int) -
     if config.dataset == "generated":
         return (GeneratedFlow(frame_shape, config.max_motion, (seed,), train_pixels=config.train_pixels),
                 GeneratedFlow(frame_shape, config.max_motion, (2**63,), config.val_examples))  # no seed is that large
-    train, val = DATASETS[config.dataset](Path(config.path), config)
-    for part in (train, val):
-        if not part:
-            raise UserError(f"data.path={config.path} holds too few examples of {config.dataset} to train and validate")
-    examples = FlowFiles(train, frame_shape, True, config.flip, config.train_pixels)
-    return Shuffled(examples, config.batch_size, seed), FlowFiles(val, None if config.eval_whole else frame_shape)
+    (train_set, train), (val_set, val) = open_dataset(config)
+    if not train or not val:
+        raise UserError(f"data.path={config.path} holds too few examples of {config.dataset} to train and validate")
+    examples = FlowFiles(train_set, train, frame_shape, True, config.flip, config.train_pixels)
+    val_shape = None if config.eval_whole else frame_shape
+    return Shuffled(examples, config.batch_size, seed), FlowFiles(val_set, val, val_shape)
 
 
 def only_at(example: dict[str, Tensor], positions: Tensor) -> dict[str, Tensor]:
@@ -127,27 +130,57 @@ def draw_pair(rng: np.random.Generator, frame_shape: tuple[int, ...], max_motion
 # Files
 
 
-class FlowFiles(Dataset):
-    """Pairs of frames from files, cropped to `frame_shape` if that is given: training at random, else the centre."""
+def open_dataset(config: FlowDataConfig) -> tuple[tuple[datasets.VisionDataset, list[int]], ...]:
+    """For training and for validation: torchvision's dataset, and numbers of its examples in the order of file names.
 
-    def __init__(self, examples: list[tuple[Path, Path, Path]], frame_shape: tuple[int, ...] | None,
+    FlyingChairs comes with a split. Of the others, whose test sets come without flow, every eighth scene (Sintel) and
+    every tenth pair (KITTI) is for validation. Raises UserError if the files are not there.
+    """
+    folder = Path(config.path) / FOLDERS[config.dataset]
+    if not folder.is_dir():
+        raise UserError(f"there is no {folder}; data.path must be the folder that holds {folder.name}")
+    with reading(folder):
+        if config.dataset == "chairs":
+            parts = [datasets.FlyingChairs(config.path, part) for part in ("train", "val")]
+            return tuple([(part, list(range(len(part)))) for part in parts])
+        if config.dataset == "sintel":
+            dataset, every = datasets.Sintel(config.path, pass_name=config.sintel_pass), 8
+            units = [Path(file).parent.name for file, _ in dataset._image_list]
+        else:
+            dataset, every = datasets.KittiFlow(config.path), 10
+            units = [file for file, _ in dataset._image_list]
+    held_out = set(sorted(set(units))[::every])
+    numbers = sorted(range(len(dataset)), key=lambda number: dataset._image_list[number])  # not as the disk lists them
+    return tuple([(dataset, [number for number in numbers if (units[number] in held_out) == part])
+                  for part in (False, True)])
+
+
+class FlowFiles(Dataset):
+    """Examples of a dataset of torchvision, by number there, cropped to `frame_shape` if that is given: training at
+    random, else the centre."""
+
+    def __init__(self, dataset: datasets.VisionDataset, numbers: list[int], frame_shape: tuple[int, ...] | None,
                  train: bool = False, flip: bool = False, train_pixels: int | None = None):
-        """`examples` are files: two frames and the flow, a .flo or a 16-bit .png as KITTI's."""
-        self.examples, self.frame_shape = examples, frame_shape
+        self.dataset, self.numbers, self.frame_shape = dataset, numbers, frame_shape
         self.train, self.flip, self.train_pixels = train, flip, train_pixels
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        *files, flow_file = self.examples[index]
-        frames = read_frames(files)  # (2, 3, H, W)
-        flow, valid = (read_kitti if flow_file.suffix == ".png" else read_flo)(flow_file)
+        number = self.numbers[index]
+        file = self.dataset._image_list[number][0]
+        with reading(f"{file}, the frame after it or their flow"):
+            first, second, flow, *valid = self.dataset[number]
+        frames = stack_frames([file, "the frame after it"], [first, second])  # (2, 3, H, W)
+        flow = torch.from_numpy(flow).movedim(0, -1)  # (H, W, 2)
+        valid = torch.from_numpy(valid[0]) if valid else torch.ones(flow.shape[:2], dtype=torch.bool)
+        flow = flow.where(valid[..., None], 0.0)
         if flow.shape[:2] != frames.shape[2:]:
-            raise UserError(f"{flow_file} is {size_of(flow.shape)}, its frame {files[0]} {size_of(frames.shape[2:])}")
+            raise UserError(f"the flow of {file} is {size_of(flow.shape)}, the frame {size_of(frames.shape[2:])}")
         (height, width), (h, w) = flow.shape[:2], self.frame_shape or flow.shape[:2]
         if height < h or width < w:
-            raise UserError(f"{files[0]} is {size_of(flow.shape)}, smaller than model.input.frame_shape, "
+            raise UserError(f"{file} is {size_of(flow.shape)}, smaller than model.input.frame_shape, "
                             f"{size_of(self.frame_shape)}")
         room = (height - h + 1, width - w + 1)
         top, left = (int(torch.randint(n, ())) if self.train else n // 2 for n in room)
@@ -163,10 +196,14 @@ class FlowFiles(Dataset):
 
 def read_frames(files: list[str | Path]) -> Tensor:
     """Image files of one size as frames (n, 3, H, W) in [-1, 1]; raises UserError if they are not."""
-    frames = [TF.pil_to_tensor(read_image(file, 3)) for file in files]
-    for file, frame in zip(files, frames):
+    return stack_frames(files, [read_image(file, 3) for file in files])
+
+
+def stack_frames(names: list[str | Path], images: list[Image.Image]) -> Tensor:
+    frames = [TF.pil_to_tensor(image) for image in images]
+    for name, frame in zip(names, frames):
         if frame.shape != frames[0].shape:
-            raise UserError(f"{file} is {size_of(frame.shape[1:])}, {files[0]} {size_of(frames[0].shape[1:])}; frames "
+            raise UserError(f"{name} is {size_of(frame.shape[1:])}, {names[0]} {size_of(frames[0].shape[1:])}; frames "
                             "must be of one size")
     return torch.stack(frames) / 127.5 - 1
 
@@ -176,80 +213,9 @@ def size_of(shape: tuple[int, ...]) -> str:
     return f"{width}x{height}"
 
 
-def read_flo(file: str | Path) -> tuple[Tensor, Tensor]:
-    """A Middlebury .flo file: flow (H, W, 2) in pixels, right and down, and where it is known, (H, W).
-
-    The file is "PIEH", width and height as int32, and float32 row by row, all little-endian; over 1e9 is unknown.
-    """
-    with reading(file):
-        data = Path(file).read_bytes()
-        if data[:4] != b"PIEH":
-            raise ValueError("it does not start as a .flo file does")
-        width, height = np.frombuffer(data, "<i4", count=2, offset=4)
-        flow = torch.from_numpy(np.frombuffer(data, "<f4", offset=12).reshape(height, width, 2).copy())
-    valid = (flow.abs() < 1e9).all(-1)
-    return torch.where(valid[..., None], flow, 0.0), valid
-
-
 def write_flo(file: str | Path, flow: Tensor) -> None:
-    """Writes flow (H, W, 2) as `read_flo` reads it."""
+    """Writes flow (H, W, 2), in pixels right and down, as a Middlebury .flo file: "PIEH", width and height as int32,
+    and float32 row by row, all little-endian."""
     height, width, _ = flow.shape
     Path(file).write_bytes(b"PIEH" + np.array([width, height], "<i4").tobytes()
                            + flow.cpu().numpy().astype("<f4").tobytes())
-
-
-def read_kitti(file: str | Path) -> tuple[Tensor, Tensor]:
-    """KITTI's 16-bit PNG of 64 * flow + 2^15, right and down, and whether it is known: as `read_flo`."""
-    with reading(file):
-        high, low = (Image.open(file) for _ in range(2))
-        if high.format != "PNG" or high.tile[0][3] != "RGB;16B":
-            raise ValueError("it is no PNG of 16 bits in 3 channels")
-        # PIL keeps the first byte of each number; told that numbers end with the higher byte, it keeps the second.
-        low.tile = [(*low.tile[0][:3], "RGB;16L")]
-        values = torch.from_numpy(256 * np.array(high, np.int32) + np.array(low))  # (H, W, 3)
-    valid = values[..., 2] > 0
-    return torch.where(valid[..., None], (values[..., :2].float() - 2**15) / 64, 0.0), valid
-
-
-Examples = list[tuple[Path, Path, Path]]  # files of two frames and their flow
-
-
-def find_sintel(root: Path, config: FlowDataConfig) -> tuple[Examples, Examples]:
-    """Every eighth scene is for validation: Sintel's test set comes without flow."""
-    passes = ("clean", "final") if config.sintel_pass == "both" else (config.sintel_pass,)
-    train, val = [], []
-    for folder in (root / "training" / name for name in passes):
-        for n, scene in enumerate(find(folder, "*/")):
-            pairs = pairwise(find(scene, "frame_*.png"))
-            (train if n % 8 else val).extend(
-                (*pair, root / "training" / "flow" / scene.name / f"{pair[0].stem}.flo") for pair in pairs)
-    return train, val
-
-
-def find_chairs(root: Path, config: FlowDataConfig) -> tuple[Examples, Examples]:
-    """Split as FlyingChairs_train_val.txt says: a line for each example, 1 for training, 2 for validation."""
-    flows, file = find(root / "data", "*_flow.flo"), root / "FlyingChairs_train_val.txt"
-    with reading(file):
-        parts = file.read_text().split()
-        if len(parts) != len(flows):
-            raise ValueError(f"it has {len(parts)} lines, {root / 'data'} {len(flows)} flows")
-    examples = [(*(flow.with_name(flow.name.replace("flow.flo", f"img{n}.ppm")) for n in (1, 2)), flow)
-                for flow in flows]
-    return tuple([example for example, part in zip(examples, parts) if part == wanted] for wanted in ("1", "2"))
-
-
-def find_kitti(root: Path, config: FlowDataConfig) -> tuple[Examples, Examples]:
-    """Every tenth of the 200 pairs is for validation: KITTI's test set comes without flow."""
-    examples = [(frame, frame.with_name(frame.name.replace("_10.png", "_11.png")),
-                 root / "training" / "flow_occ" / frame.name) for frame in find(root / "training/image_2", "*_10.png")]
-    return [example for n, example in enumerate(examples) if n % 10], examples[::10]
-
-
-DATASETS = {"generated": None, "sintel": find_sintel, "chairs": find_chairs, "kitti": find_kitti}
-
-
-def find(folder: Path, pattern: str) -> list[Path]:
-    """Sorted; raises UserError if there is nothing."""
-    if not (found := sorted(folder.glob(pattern))):
-        raise UserError(f"there is no {folder}/{pattern}; data.path must be the folder that holds the dataset")
-    return found
