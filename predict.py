@@ -30,7 +30,7 @@ from perceiver.errors import UserError, run_script
 from perceiver.flow import compute_flow
 from perceiver.model import PerceiverARConfig
 from perceiver.pretrained import VARIANTS, load_weights, published_class_names, read_pretrained
-from perceiver.tasks import (Classification, ImageClassification, MaskedLM, MultimodalAutoencoding, OpticalFlow, Task,
+from perceiver.tasks import (ImageClassification, MaskedLM, MultimodalAutoencoding, OpticalFlow, Task,
                              TextClassification, load_checkpoint)
 
 MASK = b"[MASK]"

@@ -1,4 +1,4 @@
-"""Generated clips as video files, to try predict.py on: `python docs/write_clips.py 3 clips` writes clips/CLASS/0.mp4 ..."""
+"""Generated clips as files, to try predict.py on: `python docs/write_clips.py 3 clips` writes clips/CLASS/0.mp4 ..."""
 import sys
 from pathlib import Path
 

@@ -102,8 +102,14 @@ class MultimodalPerceiverIO(PerceiverIO):
         outputs = self.output_adapter.adapters
         chunks = [torch.arange(output.num_places, device=x.device).tensor_split(num_chunks)
                   for output in outputs.values()]
-        parts = [self.decode(x, latents, dict(zip(outputs, positions))) for positions in zip(*chunks)]
-        return {name: output.join(torch.cat([part[name] for part in parts], dim=1)) for name, output in outputs.items()}
+        whole = {}
+        for positions in zip(*chunks):
+            part = self.decode(x, latents, dict(zip(outputs, positions)))
+            for (name, values), numbers in zip(part.items(), positions):  # (B, O', E)
+                if name not in whole:
+                    whole[name] = values.new_empty(len(values), outputs[name].num_places, values.shape[-1])
+                whole[name][:, numbers] = values
+        return {name: output.join(whole[name]) for name, output in outputs.items()}
 
     def reconstruct(self, inputs: dict[str, Tensor], num_chunks: int) -> dict[str, Tensor]:
         """`forward` with `decode_in_chunks`."""

@@ -375,7 +375,7 @@ SMALL = ["model.max_seq_len=192", "model.num_latents=64", "model.num_channels=64
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A small model, trained on generated pieces for seconds, with all augmentation: its run, and what train.py said."""
+    """A small model, trained on generated pieces with all augmentation: its run, and what train.py said."""
     run = tmp_path_factory.mktemp("music") / "run"
     result = run_script("train.py", "configs/music.yaml", f"train.out_dir={run}", *SMALL, "train.max_steps=150",
                         "train.eval_every=150")

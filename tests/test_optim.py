@@ -112,7 +112,7 @@ def test_other_optimizers(name, first, second):
 
 @pytest.mark.parametrize("max_norm", [None, 100.0, 0.5])
 def test_gradients_are_scaled_then_clipped(max_norm):
-    params = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(2, 2)), torch.nn.Parameter(torch.ones(1))]
+    params = [torch.nn.Parameter(values) for values in (torch.zeros(3), torch.zeros(2, 2), torch.ones(1))]
     params[0].grad, params[1].grad = torch.tensor([3.0, 0.0, 0.0]), torch.tensor([[0.0, 4.0], [0.0, 0.0]])
     norm = scale_and_clip(params, torch.tensor(0.5, dtype=torch.float64), max_norm)
     assert norm.item() == pytest.approx(2.5)

@@ -77,7 +77,8 @@ def test_ranks_and_micro_batches_change_nothing_in_images(digits, tmp_path, proc
     common = ["train.py", "configs/digits.yaml", f"data.path={digits}", "data.mixup_alpha=0.2", "data.cutmix_alpha=1",
               "data.batch_size=8", *SHORT]
     runs = [run_script(*common, f"train.out_dir={tmp_path}/one"),
-            run_script(*common, f"train.out_dir={tmp_path}/many", f"train.accumulate={accumulate}", processes=processes)]
+            run_script(*common, f"train.out_dir={tmp_path}/many", f"train.accumulate={accumulate}",
+                       processes=processes)]
     assert all(run.returncode == 0 for run in runs), runs[1].stderr
     one, many = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "many")
     assert len(one) == 10 and [line["loss"] for line in one] == pytest.approx([line["loss"] for line in many], abs=1e-5)
@@ -104,8 +105,8 @@ def mlm(tmp_path_factory) -> tuple[Path, str]:
 
 
 def test_masked_words_are_learned(mlm):
-    """After a third of the recipe's steps. The best without looking around a byte, what bytes of words are, is half a bit
-    better than the frequencies of bytes."""
+    """After a third of the recipe's steps. The best without looking around a byte, what bytes of words are, is half a
+    bit better than the frequencies of bytes."""
     found = re.search(r"validation: ([\d.]+) bits per masked byte, .* it would be ([\d.]+) bits", mlm[1])
     assert float(found[1]) < float(found[2]) - 0.8, found[0]
     assert "----- filled" in mlm[1]

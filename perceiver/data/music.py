@@ -258,7 +258,7 @@ GENERATED = 1000, 20  # pieces for training and for validation
 
 
 def load_music(config: MusicDataConfig) -> tuple[Tokens, Tokens]:
-    """The corpora for training and validation: events of pieces, a PAD after each. Raises UserError if there are none."""
+    """For training and validation: events of pieces, a PAD after each. Raises UserError if there are none."""
     if config.path is None and config.dataset == "generated":
         train, val = (join(encode(compose(seed)) for seed in seeds)
                       for seeds in (range(GENERATED[0]), range(GENERATED[0], sum(GENERATED))))

@@ -473,7 +473,8 @@ def labelled_files(source: Path, suffixes: tuple[str, ...], val_fraction: float
     Raises UserError if they are not there or the classes of the two differ.
     """
     if not source.is_dir():
-        raise UserError(f"data.path={source} is not a folder; it must be one with CLASS/*{suffixes[0]}, or train and val")
+        raise UserError(f"data.path={source} is not a folder; it must be one with CLASS/*{suffixes[0]}, or with train "
+                        "and val")
     held_out = next((source / name for name in ("val", "test") if (source / name).is_dir()), None)
     if held_out is not None and (source / "train").is_dir():
         train, val = class_files(source / "train", suffixes), class_files(held_out, suffixes)

@@ -145,7 +145,7 @@ class VideoFiles(Dataset):
 
 
 class WithQueries(Dataset):
-    """Clips with what training asks of them, by torch's generator: image_positions, audio_positions, label_mask (1,)."""
+    """Clips with what training asks of them, drawn by torch: image_positions, audio_positions, label_mask (1,)."""
 
     def __init__(self, clips: Dataset, config: VideoDataConfig, num_pixels: int, num_patches: int):
         self.clips, self.mask_prob = clips, config.label_mask_prob
