@@ -9,10 +9,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
@@ -97,9 +98,6 @@ def tell(line: str) -> None:
 
 def continue_text(task: CausalLM, model: PerceiverAR, args: argparse.Namespace) -> None:
     """The prompt and what follows: one sample as it is made, several when they are complete."""
-    for option in ("out", "piano_roll"):
-        if getattr(args, option) is not None:
-            raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)} is not for text: it goes to stdout")
     if args.tokenizer is not None:
         task.tokenizer = JsonTokenizer.read(args.tokenizer)
     text, tokenizer = read_prompt(args), task.tokenizer
@@ -121,42 +119,48 @@ def continue_music(task: SymbolicMusic, model: PerceiverAR, args: argparse.Names
     """A MIDI file for each sample, the prompt and what follows."""
     prompt = music.encode(music.read_midi(args.prompt_file or args.prompt)).tolist()
     given = music.decode(prompt)
-    for number, events in enumerate(zip(*sample(model, prompt, args)), 1):
+    outs = output_files(args.out or "continuation.mid", args.num_samples)
+    rolls = output_files(args.piano_roll, args.num_samples, Image.registered_extensions()) if args.piano_roll else []
+    for number, events in enumerate(zip(*sample(model, prompt, args))):
         notes = music.decode([*prompt, *events])
-        out = numbered(args.out or "continuation.mid", number, args)
-        music.write_midi(out, notes)
-        tell(f"wrote {out}: {len(given)} notes of the prompt and {len(notes) - len(given)} that follow")
-        if args.piano_roll is not None:
-            save_picture(pictures.piano_roll(notes, len(given)), numbered(args.piano_roll, number, args))
+        music.write_midi(outs[number], notes)
+        tell(f"wrote {outs[number]}: {len(given)} notes of the prompt and {len(notes) - len(given)} that follow")
+        if rolls:
+            save_picture(pictures.piano_roll(notes, len(given)), rolls[number])
 
 
-def numbered(name: str, number: int, args: argparse.Namespace) -> Path:
-    """The file `name` for sample `number` of several, in a folder that is there."""
+def output_files(name: str, count: int, endings: Iterable[str] = (".mid", ".midi")) -> list[Path]:
+    """Files to write, numbered if they are several, in a folder that is there. Raises UserError before anything is
+    computed if that can't be."""
     path = Path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path if args.num_samples == 1 else path.with_stem(f"{path.stem}-{number}")
+    if path.is_dir() or path.suffix.lower() not in endings:
+        raise UserError(f"cannot write {name}: it must be a file, ending in {', '.join(sorted(endings)[:12])}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {name}: {error.strerror}") from None
+    return [path if count == 1 else path.with_stem(f"{path.stem}-{number}") for number in range(1, count + 1)]
 
 
 def save_picture(picture: Tensor, file: Path) -> None:
-    try:
-        to_pil_image(picture).save(file)
-    except (OSError, ValueError) as error:  # ValueError: of an ending that it doesn't know
-        raise UserError(f"cannot write {file}: {error}") from None
+    to_pil_image(picture).save(file)
     tell(f"wrote {file}")
 
 
 def complete_image(task: ImageSequences, model: PerceiverAR, args: argparse.Namespace) -> None:
     """A picture: the image as it is, its upper half, and samples of the lower one."""
-    shape, out = task.config.data.image_shape, args.out or "completion.png"
+    shape = task.config.data.image_shape
+    (out,) = output_files(args.out or "completion.png", 1, Image.registered_extensions())
     image = read_image(args.prompt_file if args.prompt is None else args.prompt, shape[2])
     tokens = to_tokens(image_transform(task.config.data, shape)(image))
     args.max_new_tokens = len(tokens) - task.num_given
     lower = torch.tensor(list(sample(model, tokens[: task.num_given].tolist(), args))).T  # (number of samples, S / 2)
-    save_picture(task.picture(tokens[None], lower[:, None]), Path(out))
+    save_picture(task.picture(tokens[None], lower[:, None]), out)
 
 
 GENERATORS = {CausalLM: continue_text, Copy: continue_text, SymbolicMusic: continue_music,
               ImageSequences: complete_image}
+OPTIONS = {"tokenizer": (CausalLM,), "out": (SymbolicMusic, ImageSequences), "piano_roll": (SymbolicMusic,)}  # not for all
 
 
 def load(args: argparse.Namespace, device: torch.device) -> tuple[Task, PerceiverAR]:
@@ -166,7 +170,7 @@ def load(args: argparse.Namespace, device: torch.device) -> tuple[Task, Perceive
     model = from_pretrained(args.ckpt)
     if not isinstance(model, PerceiverAR):
         raise UserError(f"{args.ckpt} is for predict.py; generate.py needs a Perceiver AR")
-    if read_config(find_beside(args.ckpt, "config.json"))["model_type"] == "perceiver-ar-symbolic-audio-model":
+    if read_config(find_beside(args.ckpt, "config.json")).get("model_type") == "perceiver-ar-symbolic-audio-model":
         return SymbolicMusic(Config("symbolic_music", model.config, MusicDataConfig())), model.to(device)
     task = CausalLM(Config("causal_lm", model.config, TextDataConfig(holds_ids=True)))
     args.tokenizer = args.tokenizer or find_beside(args.ckpt, "tokenizer.json")
@@ -183,6 +187,9 @@ def main(args: argparse.Namespace) -> None:
     if type(task) not in GENERATORS:
         raise UserError(f"{args.ckpt} is a checkpoint of task {task.config.task}, for predict.py; generate.py needs a "
                         "Perceiver AR")
+    for name, tasks in OPTIONS.items():
+        if getattr(args, name) is not None and type(task) not in tasks:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} is not for task {task.config.task}")
     if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--compile needs a C++ compiler: install g++, or name one by the environment variable CXX")
     if args.dtype == "int8":

@@ -1,7 +1,8 @@
 """Run a trained model on files: `python predict.py --ckpt runs/mnist/checkpoints/best.pt digit.png`.
 
-The checkpoint tells what is done with the inputs: masks of a text are filled, texts or images are classified. Results
-go to stdout, everything else to stderr, pictures to files.
+The checkpoint tells what is done with the inputs: masks of a text are filled, texts or images are classified, between
+frames optical flow is found, videos are given back. Text goes to stdout, everything else that is said to stderr, pictures,
+videos, sound and flow to files.
 """
 import argparse
 import os
@@ -23,7 +24,8 @@ from perceiver import pictures
 from perceiver.architectures import MaskedLMConfig, MultimodalAutoencoderConfig, OpticalFlowConfig
 from perceiver.config import Config
 from perceiver.data import (ByteTokenizer, FlowDataConfig, ImageDataConfig, MaskedTextDataConfig, VideoDataConfig,
-                            image_transform, read_frames, read_image, read_video, write_flo, write_sound, write_video)
+                            image_transform, read_frames, read_image, read_video, stack_frames, write_flo, write_sound,
+                            write_video)
 from perceiver.data.video import SUFFIXES, video_frames
 from perceiver.distributed import init_ranks
 from perceiver.errors import UserError, run_script
@@ -65,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--attention", action="store_true", help="write a picture of what some latents look at")
     parser.add_argument("--latents", metavar="0,1,2", help="by number, the latents in the picture; default: the four "
                         "whose attention is the most focused")
-    parser.add_argument("--out", default="predictions", help="folder of pictures; default: %(default)s")
+    parser.add_argument("--out", default="predictions", help="folder of what is written; default: %(default)s")
     parser.add_argument("--variant", default=VARIANTS[0], choices=VARIANTS, help="of official weights: how they are "
                         "used, as by DeepMind's code or by the Hugging Face port; default: %(default)s")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -147,12 +149,16 @@ def frame_pairs(inputs: list[str]) -> Iterator[tuple[str, Tensor]]:
     if len(inputs) == 1 and source.suffix.lower() in SUFFIXES:
         number = 0
         for number, pair in enumerate(pairwise(tqdm(video_frames(source), unit=" frames")), 1):
-            yield f"{source.stem}-{number:05}", torch.stack(pair) / 127.5 - 1
+            names = [f"frame {number + i} of {source}" for i in range(2)]
+            yield f"{source.stem}-{number:05}", stack_frames(names, pair)
         if number == 0:
             raise UserError(f"{source} has a single frame; optical flow is between two")
         return
     if len(inputs) == 1 and source.is_dir():
-        inputs = sorted(str(file) for file in source.iterdir() if file.suffix.lower() in Image.registered_extensions())
+        files = [str(file) for file in source.iterdir() if file.suffix.lower() in Image.registered_extensions()]
+        inputs = sorted(files, key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file)])
+    if not source.exists():
+        raise UserError(f"cannot read {source}: No such file or directory")
     if len(inputs) < 2:
         raise UserError(f"optical flow is between two images of one size, or more; {source} "
                         f"{f'holds {len(inputs)}' if source.is_dir() else 'is one'}")

@@ -50,7 +50,7 @@ def main(config: Config, ranks: Ranks) -> int:
                         "give more data, or raise data.val_fraction")
     folder = Path(train.out_dir)
     last, best = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt"
-    step, best_loss = checkpoint.resume(config, model, optimizer, ranks)
+    step, best_loss = checkpoint.resume(config, model, optimizer, ranks, TASKS)
     if step:
         say(f"resumed at step {step}")
     else:
@@ -76,9 +76,11 @@ def main(config: Config, ranks: Ranks) -> int:
         """Metrics on the whole validation set; None if a signal to stop came in between."""
         model.eval()
         totals = {}
-        with torch.inference_mode(), autocast:
+        with torch.inference_mode():
             for batch in val_batches:
-                add(totals, task.loss(model, to_device(batch, device)))
+                batch = to_device(batch, device)
+                with autocast:
+                    add(totals, task.loss(model, batch))
                 if stop.received:
                     break
         model.train()
@@ -92,7 +94,8 @@ def main(config: Config, ranks: Ranks) -> int:
 
     model.train()
     bar = tqdm(total=train.max_steps, initial=step, disable=not ranks.is_main, mininterval=1.0, dynamic_ncols=True)
-    peak, step_flops = peak_flops(device, bf16) * ranks.world_size, None  # peak is 0 where it is not known
+    peak = peak_flops(device, bf16)  # 0 where it is not known
+    flops, flops_by_shape = 0, {}  # of this rank, since it last logged; of a micro-batch
     totals, logged_step, clock = {}, step, time.perf_counter()
     val, stopping = None, False
     while step < train.max_steps and not stopping:
@@ -105,8 +108,11 @@ def main(config: Config, ranks: Ranks) -> int:
         sums = {}  # of this step, over its micro-batches: loss, count, ...
         for micro in range(train.accumulate):
             batch = to_device(next(batches), device)
-            if peak and step_flops is None:
-                step_flops = training_flops(task, batch) * train.accumulate * ranks.world_size
+            if peak:
+                shapes = tuple(values.shape for values in batch.values())
+                if shapes not in flops_by_shape:
+                    flops_by_shape[shapes] = training_flops(task, batch)
+                flops += flops_by_shape[shapes]
             # Only the last backward exchanges gradients. DDP decides that in the forward.
             distributed.sync_gradients(called, micro == train.accumulate - 1)
             with autocast:
@@ -137,11 +143,11 @@ def main(config: Config, ranks: Ranks) -> int:
             examples = steps * config.data.batch_size
             metrics[task.rate] = (totals["count"].item() if task.rate == "tokens_per_s" else examples) / seconds
             if peak:
-                metrics["mfu"] = step_flops * steps / seconds / peak
+                metrics["mfu"] = flops / seconds / peak
             bar.set_postfix({name: f"{metrics[name]:.4g}" for name in ("loss", task.rate, "mfu") if name in metrics})
             if log:
                 log.metrics(step, "train", metrics)
-            totals, logged_step, clock = {}, step, time.perf_counter()
+            totals, flops, logged_step, clock = {}, 0, step, time.perf_counter()
         paused = time.perf_counter()
         improved = False
         if eval_now:

@@ -295,10 +295,6 @@ class GridOutput(LinearOutput):
         """Values of all places (B, O, E) -> the whole, (B, *shape) but for the place of the channels."""
         return x.reshape(len(x), *self.shape).movedim(-1, self.channel_dim)
 
-    def split(self, whole: Tensor) -> Tensor:
-        """The inverse of `join`."""
-        return whole.movedim(self.channel_dim, -1).reshape(len(whole), self.num_places, -1)
-
 
 class ClassificationOutput(LinearOutput):
     """The one decoded query (B, 1, F) -> logits of classes (B, E)."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from perceiver.config import Config, to_dict
+from perceiver.config import Config, from_dict, to_dict
 from perceiver.distributed import Ranks
 from perceiver.errors import UserError
 
@@ -61,7 +61,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> dict:
     return checkpoint
 
 
-def resume(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> tuple[int, float]:
+def resume(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks,
+           tasks: dict[str, type]) -> tuple[int, float]:
     """Continues as train.resume says: fills model and optimizer; returns the step and the best validation loss so far.
 
     A run that starts afresh where another one lies moves that one aside: nothing saved is lost. Random generators are
@@ -73,7 +74,7 @@ def resume(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, r
     source = {"auto": last if last.exists() else None, "never": None}.get(choice, Path(choice))
     saved = None if source is None else load(source, ranks.device)
     if saved is not None:
-        check_resumable(saved["config"], to_dict(config), source, choice)
+        check_resumable(to_dict(from_dict(saved["config"], tasks)), to_dict(config), source, choice)
         current, old = optimizer.state_dict(), saved["optimizer"]
         for new_group, old_group in zip(current["param_groups"], old["param_groups"]):  # the config's options count
             old_group.update({name: value for name, value in new_group.items() if name not in ("params", "step")})

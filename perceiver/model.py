@@ -77,8 +77,8 @@ def sinusoids(positions: Tensor, num_channels: int, dtype: torch.dtype) -> Tenso
     """Fixed embeddings (B, M, C) of positions (B, M): all sines, then all cosines (Perceiver AR, Google's code).
 
     The C / 2 frequencies go geometrically from 1 to 1 / 10,000, both included. Angles are float64: in float32, position
-    131,072 would be off by a hundredth of a radian. They are computed when needed, as a table of such a context takes
-    half a gigabyte.
+    131,072 would be off by a hundredth of a radian. They are computed when needed: a table of such a context would take
+    half a gigabyte for good.
     """
     exponents = torch.linspace(0, -4, num_channels // 2, device=positions.device, dtype=torch.float64)
     angles = positions[..., None] * 10**exponents  # (B, M, C / 2)

@@ -97,10 +97,11 @@ MARKERS = {
 }
 
 
-# What an encoder's weights don't tell of how they are used.
+# What weights don't tell of how they are used.
 ENCODER_CHOICES = ("num_cross_attention_heads", "num_self_attention_heads", "num_cross_attention_layers",
                    "num_self_attention_blocks", "first_cross_attention_layer_shared",
                    "first_self_attention_block_shared", "activation")
+DECODER_CHOICES = ("num_cross_attention_heads", "cross_attention_residual", "activation")
 
 
 def from_pretrained(name_or_path: str | os.PathLike, variant: str = "deepmind") -> nn.Module:
@@ -184,10 +185,11 @@ def start_from(model: nn.Module, source: str, config: Config) -> None:
         return load_weights(model, state, source)
     if "encoder" not in old:
         raise UserError(f"model.init_from={source} has no encoder to start from")
-    for name in ENCODER_CHOICES:
-        if old["encoder"][name] != new["encoder"][name]:
-            raise UserError(f"model.init_from={source} has encoder.{name}={old['encoder'][name]}, "
-                            f"model.encoder.{name} is {new['encoder'][name]}")
+    for part, choices in {"encoder": ENCODER_CHOICES, "decoder": DECODER_CHOICES if same_kind else ()}.items():
+        for name in choices if old[part] and new[part] else ():
+            if old[part][name] != new[part][name]:
+                raise UserError(f"model.init_from={source} has {part}.{name}={old[part][name]}, "
+                                f"model.{part}.{name} is {new[part][name]}")
     for name, part in model.named_children():
         weights = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
         if name in ("input_adapter", "encoder") or same_kind:
@@ -271,7 +273,7 @@ def perceiver_ar(state: dict[str, Tensor], published: dict, variant: str) -> Per
             **{name: theirs[name] for name in same}, num_latents=theirs["max_latents"], widening_factor=widening_factor,
             absolute_positions=theirs["abs_pos_emb"], num_rotary_layers=theirs["num_self_attention_rotary_layers"],
             latent_keys="q_norm")
-    except KeyError as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"model_config of config.json lacks {error.args[0]}") from None
 
 
@@ -368,9 +370,12 @@ def find_beside(name_or_path: str | os.PathLike, file: str) -> Path | None:
 
 def read_config(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"cannot read {path}: it must hold fields by name")
+    return config
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

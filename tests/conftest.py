@@ -55,6 +55,14 @@ def read_metrics(run: Path, split: str = "train") -> list[dict]:
     return [line for line in lines if line["split"] == split]
 
 
+def average_rate(video: Path | str):
+    """Frames per second of a video file."""
+    import av  # optional: the tests that need no GPU have it
+
+    with av.open(str(video)) as container:
+        return container.streams.video[0].average_rate
+
+
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     """A text of 10 kB."""

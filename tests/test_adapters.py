@@ -105,14 +105,14 @@ def test_fourier_queries_of_places():
     torch.testing.assert_close(queries(x, places[0]), expected[places[0]].expand(2, -1, -1))
 
 
-def test_outputs_of_places_are_joined_and_split():
+def test_outputs_of_places_are_joined():
     video, sound = GridOutput(5, 3, (2, 4, 6, 3), channel_dim=2), GridOutput(5, 8, (32, 1))
-    whole, series = torch.randn(2, 2, 3, 4, 6), torch.randn(2, 32, 1)
-    assert video.num_places == 48 and sound.num_places == 4
-    assert torch.equal(video.split(whole)[1, 24 + 6 + 5], whole[1, 1, :, 1, 5])  # row by row, frame by frame
-    assert torch.equal(video.join(video.split(whole)), whole)
-    assert torch.equal(sound.split(series)[1, 2], series[1, 16:24, 0])
-    assert torch.equal(sound.join(sound.split(series)), series)
+    pixels, patches = torch.randn(2, 48, 3), torch.randn(2, 4, 8)
+    whole, series = video.join(pixels), sound.join(patches)
+    assert (video.num_places, sound.num_places) == (48, 4)
+    assert whole.shape == (2, 2, 3, 4, 6) and series.shape == (2, 32, 1)
+    assert torch.equal(whole[1, 1, :, 1, 5], pixels[1, 24 + 6 + 5])  # row by row, frame by frame
+    assert torch.equal(series[1, 16:24, 0], patches[1, 2])
 
 
 def test_tokens():

@@ -11,6 +11,7 @@ from perceiver.config import load_config
 from perceiver.data import IGNORE, collate_padded
 from perceiver.data.copy import CopyBlocks, CopyWindows
 from perceiver.errors import UserError
+from perceiver.speed import training_flops
 from perceiver.tasks import TASKS
 
 SMALL = ["model.num_channels=16", "model.num_heads=2", "data.batch_size=4"]
@@ -46,6 +47,13 @@ def test_windows_are_starts_of_mirrored_sequences():
     assert all((windows[7, 1][name] == windows[7, 1][name]).all() for name in windows[7, 1])
     examples = [windows[7, 1], windows[7, 2], windows[8, 1], CopyWindows(32, 16, 20, 6)[7, 1]]
     assert len({tuple(example["input_ids"][:16]) for example in examples}) == 4
+
+
+def test_floating_point_operations_are_counted_with_z_loss():
+    """On tensors without data, as they are where a GPU's peak is known."""
+    task = copy_task("model.z_loss=0.1")
+    train_set, _ = task.load_data()
+    assert training_flops(task, collate_padded([train_set[0, index] for index in range(4)])) > 1e5
 
 
 @pytest.mark.parametrize("length, num_latents", [(32, 16), (32, 12), (32, 5), (32, 31), (10, 4)])

@@ -136,8 +136,11 @@ def test_completions_keep_the_upper_half(run, monkeypatch):
     assert len(samples) == 3 and all(np.array_equal(sample[:4], digit[:4]) for sample in samples)
     assert not np.array_equal(samples[0], samples[1])
     assert np.array_equal(complete("--num-samples", "1", "--seed", "2")[2], samples[2])
-    with pytest.raises(UserError, match="cannot write"):
-        complete("--out", f"{folder}/out.xyz")
+    for args, message in ((("--out", f"{folder}/out.xyz"), "cannot write .*out.xyz: it must be a file, ending in"),
+                          (("--out", f"{folder}"), "cannot write"), (("--piano-roll", "a.png"), "not for task image_ar"),
+                          (("--tokenizer", "a.json"), "--tokenizer a.json is not for task image_ar")):
+        with pytest.raises(UserError, match=message):
+            complete(*args)
 
 
 @pytest.mark.parametrize("args, message", [

@@ -4,7 +4,6 @@ import re
 import sys
 from fractions import Fraction
 
-import mido
 import numpy as np
 import pytest
 import torch
@@ -17,6 +16,8 @@ from perceiver.data.music import (NUM_EVENTS, PAD, SHIFT, VELOCITY, Note, compos
 from perceiver.distributed import Ranks
 from perceiver.errors import UserError
 from perceiver.tasks import TASKS
+
+mido = pytest.importorskip("mido")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

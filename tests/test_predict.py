@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torchvision.utils import flow_to_image
 
-from conftest import GOLDEN, ROOT, run_script, run_train
+from conftest import GOLDEN, ROOT, average_rate, run_script, run_train
 from perceiver import checkpoint
 from perceiver.config import from_dict, to_dict
-from perceiver.data import ByteTokenizer, ClipShape, frame_rate, read_video, video_frames, write_video
+from perceiver.data import ByteTokenizer, ClipShape, read_video, video_frames, write_video
 from perceiver.flow import compute_flow
 from perceiver.pretrained import from_pretrained
 from perceiver.tasks import TASKS
@@ -342,7 +342,7 @@ def test_videos_are_reconstructed(clip, predict, tmp_path):
         sound = np.frombuffer(file.readframes(4000), "<i2") / 32767
     np.testing.assert_allclose(sound, again["audio"][0, :, 0].clamp(-1, 1), atol=1e-3)
     frames = torch.stack(list(video_frames("predictions/clip-reconstruction.mp4")))
-    assert frames.shape == (5, 3, 224, 448) and frame_rate("predictions/clip-reconstruction.mp4") == 10
+    assert frames.shape == (5, 3, 224, 448) and average_rate("predictions/clip-reconstruction.mp4") == 10
     assert (frames[..., 6:-230].float().mean((2, 3)) - 255 * image.mean((2, 3))).abs().max() < 8  # the original is left
     means = again["image"][0].clamp(0, 1).mean((2, 3))
     assert (frames[..., 224:].float().mean((2, 3)) - 255 * means).abs().max() < 12

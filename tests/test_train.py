@@ -189,6 +189,20 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, args, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_checkpoint_of_before_an_option_was_there_goes_on(tmp_path, corpus):
+    run = tmp_path / "run"
+    common = [f"data.path={corpus}", f"train.out_dir={run}"]
+    assert run_train(*common, "train.max_steps=2").returncode == 0
+    last = run / "checkpoints" / "last.pt"
+    saved = checkpoint.load(last)
+    del saved["config"]["model"]["rotary"], saved["config"]["data"]["tokenizer"]
+    checkpoint.save(saved, last)
+    result = run_train(*common, "train.max_steps=3")
+    assert result.returncode == 0 and "resumed at step 2" in result.stdout, result.stderr
+    result = run_train(*common, "train.max_steps=4", "model.activation=squared_relu")
+    assert result.returncode == 2 and "model.activation was gelu, is squared_relu" in result.stderr
+
+
 def test_options_of_the_optimizer_count_when_a_run_goes_on(tmp_path, corpus):
     common = [f"data.path={corpus}", f"train.out_dir={tmp_path}/run"]
     assert run_train(*common, "train.max_steps=2").returncode == 0

@@ -1,11 +1,11 @@
 """Optical flow: pairs of frames and how far each pixel of the first moves. Generated, Sintel, FlyingChairs, KITTI."""
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import datasets
@@ -42,8 +42,9 @@ class FlowDataConfig(LoaderConfig):
         require(self.val_examples >= 1, f"val_examples={self.val_examples} must be at least 1")
         require(self.sintel_pass in ("clean", "final", "both"),
                 f"sintel_pass={self.sintel_pass!r} must be clean, final or both")
-        require(self.dataset != "kitti" or not self.eval_whole,
-                f"eval_whole={self.eval_whole} needs images of one size, and kitti's differ")
+        require(self.dataset in ("sintel", "chairs") or not self.eval_whole,
+                f"eval_whole={self.eval_whole} is for images of one size that are larger than frame_shape: sintel's, chairs'")
+        require(self.dataset != "generated" or not self.flip, f"flip={self.flip} is not for generated pairs")
 
 
 def load_flow(config: FlowDataConfig, frame_shape: tuple[int, ...], seed: int) -> tuple[Dataset, Dataset]:
@@ -172,7 +173,7 @@ class FlowFiles(Dataset):
         file = self.dataset._image_list[number][0]
         with reading(f"{file}, the frame after it or their flow"):
             first, second, flow, *valid = self.dataset[number]
-        frames = stack_frames([file, "the frame after it"], [first, second])  # (2, 3, H, W)
+        frames = stack_frames([file, "the frame after it"], [TF.pil_to_tensor(frame) for frame in (first, second)])  # (2, 3, H, W)
         flow = torch.from_numpy(flow).movedim(0, -1)  # (H, W, 2)
         valid = torch.from_numpy(valid[0]) if valid else torch.ones(flow.shape[:2], dtype=torch.bool)
         flow = flow.where(valid[..., None], 0.0)
@@ -196,11 +197,11 @@ class FlowFiles(Dataset):
 
 def read_frames(files: list[str | Path]) -> Tensor:
     """Image files of one size as frames (n, 3, H, W) in [-1, 1]; raises UserError if they are not."""
-    return stack_frames(files, [read_image(file, 3) for file in files])
+    return stack_frames(files, [TF.pil_to_tensor(read_image(file, 3)) for file in files])
 
 
-def stack_frames(names: list[str | Path], images: list[Image.Image]) -> Tensor:
-    frames = [TF.pil_to_tensor(image) for image in images]
+def stack_frames(names: list[str | Path], frames: Sequence[Tensor]) -> Tensor:
+    """Frames (3, H, W) of uint8 with names -> (n, 3, H, W) in [-1, 1]; raises UserError if they differ in size."""
     for name, frame in zip(names, frames):
         if frame.shape != frames[0].shape:
             raise UserError(f"{name} is {size_of(frame.shape[1:])}, {names[0]} {size_of(frames[0].shape[1:])}; frames "

@@ -32,6 +32,7 @@ NOTE_ON, NOTE_OFF, SHIFT, VELOCITY, PAD = 0, 128, 256, 356, 388  # the first ids
 NUM_EVENTS = 389
 LONGEST_SHIFT = VELOCITY - SHIFT  # steps of 10 ms
 STEPS_PER_SECOND = 100
+MAX_SILENCE = 100_000  # beats; hours, even of the fastest music: a number that is damaged
 SUSTAIN_PEDAL, DRUMS = 64, 9  # a controller, and the channel that General MIDI calls 10
 
 
@@ -59,7 +60,8 @@ def read_midi(file: str | Path) -> list[Note]:
 
     A key that is released while the sustain pedal of its channel is down sounds on, until the pedal is released or the
     key struck again. Of two notes of one key at once, the first to begin is the first to end. What never ends does
-    so with the last note or pedal. Raises UserError for a broken file and for one without notes.
+    so with the last note or pedal; messages that silence a whole channel are not heeded. Raises UserError for a broken
+    file and for one without notes.
     """
     mido = import_mido()
     with reading(file):
@@ -76,6 +78,8 @@ def read_midi(file: str | Path) -> list[Note]:
             tick += message.time
             messages.append((tick, number, message))
     messages.sort(key=itemgetter(0))  # at one tick they stay in their order
+    if any(message.time / midi.ticks_per_beat > MAX_SILENCE for track in midi.tracks for message in track):
+        raise UserError(f"cannot read {file}: its time jumps by more than {MAX_SILENCE} beats")
 
     notes = []
     down = defaultdict(deque)  # onsets and velocities of keys that are down, by (track, channel, pitch), oldest first
@@ -373,7 +377,8 @@ class MusicWindows(TextWindows):
         window = max(split(self.tokens[start : start + length]), key=len)
         window = transpose(window, rng.integers(-config.transpose, config.transpose, endpoint=True))
         if config.stretch:
-            window = stretch(window, rng.uniform(1 - config.stretch, 1 + config.stretch))[:length]
+            stretched = stretch(window, rng.uniform(1 - config.stretch, 1 + config.stretch))[:length]
+            window = stretched if len(stretched) > 1 else window  # of short silences, nothing may be left
         return left_padded(window, min(self.num_latents, len(window) - 1), self.max_seq_len, self.num_latents, PAD)
 
 

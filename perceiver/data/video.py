@@ -24,8 +24,7 @@ SUFFIXES = (".mp4", ".avi", ".m4v", ".mkv", ".mov", ".mpeg", ".mpg", ".webm")
 
 @dataclass
 class VideoDataConfig(LoaderConfig):
-    dataset: str = "generated"  # coloured shapes that move, and sound as they do; not used with a path
-    path: str | None = None  # videos: CLASS/* in this folder, or in its folders train and val
+    path: str | None = None  # videos: CLASS/* in this folder, or in its folders train and val; null: generated clips
     val_fraction: float = 0.1  # share of each class's videos held out for validation, if there is no val
     num_val_clips: int = 64  # generated clips for validation
     sample_rate: int = 48_000  # of sound, Hz; a clip lasts model.input.num_audio_samples / sample_rate seconds
@@ -41,8 +40,6 @@ class VideoDataConfig(LoaderConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.dataset == "generated",
-                f"dataset={self.dataset!r} must be generated; your own videos go in data.path")
         require(0 < self.val_fraction <= 0.5, f"val_fraction={self.val_fraction} must be in (0, 0.5]")
         require(0 <= self.label_mask_prob <= 1, f"label_mask_prob={self.label_mask_prob} must be in [0, 1]")
         require(self.distance in ("l1", "l2"), f"distance={self.distance!r} must be l1 or l2")
@@ -199,14 +196,10 @@ def video_frames(path: str | Path) -> Iterator[Tensor]:
             yield to_tensor(frame)
 
 
-def frame_rate(path: str | Path) -> Fraction:
-    """Frames per second of a video file. Raises UserError if it is broken, or none."""
-    with opened(path) as container:
-        return container.streams.video[0].average_rate
-
-
 def to_tensor(frame) -> Tensor:
-    return torch.from_numpy(frame.to_ndarray(format="rgb24")).movedim(-1, 0)
+    """(3, H, W) of uint8, turned as the file says: telephones film in portrait with the sensor lying on its side."""
+    image = torch.from_numpy(frame.to_ndarray(format="rgb24")).movedim(-1, 0)
+    return torch.rot90(image, round(getattr(frame, "rotation", 0) / 90), (1, 2))  # `rotation` is counterclockwise
 
 
 def read_video(path: str | Path, shape: ClipShape, place: float = 0.0) -> tuple[Tensor, Tensor | None]:

@@ -89,7 +89,7 @@ class Autoregression(Task):
         logits = model(batch["input_ids"], labels.shape[1], batch.get("pad_mask"), batch.get("prefix_keep"))
         sums = self.sums(logits, batch)
         if model.training and (weight := self.config.model.z_loss):
-            log_z = logits.float().logsumexp(-1)[labels != IGNORE]
+            log_z = logits.float().logsumexp(-1) * (labels != IGNORE)  # (B, N)
             sums["loss"] = sums["loss"] + weight * log_z.square().sum()
         return sums
 

@@ -33,11 +33,11 @@ class SymbolicMusic(Autoregression):
                             data), self.val_set
 
     def show(self, model: nn.Module) -> dict[str, Tensor]:
-        """A continuation, in red, of the beginning of the first validation piece."""
+        """A continuation, in red, of the beginning of the first validation piece, if there are notes."""
         prompt = self.val_pieces[0][:256].tolist()
         events = sampling.generate(model, [prompt], max_new_tokens=256, temperature=0.9, top_p=0.95)
         notes = music.decode(prompt + [event.item() for event in events])
-        return {"sample": pictures.piano_roll(notes, num_given=len(music.decode(prompt)))}
+        return {"sample": pictures.piano_roll(notes, num_given=len(music.decode(prompt)))} if notes else {}
 
     def summary(self, metrics: dict[str, float]) -> str:
         return (f"validation: {metrics['bits_per_event']:.3f} bits per event; by the frequencies of events it would be "

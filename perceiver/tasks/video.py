@@ -66,9 +66,9 @@ class MultimodalAutoencoding(Task):
     def metrics(self, sums: dict[str, float]) -> dict[str, float]:
         """`psnr` of the frames, of which 1 is the peak, and `audio_snr`, signal to noise, in decibels, of all clips
         together; `accuracy` of classes that were masked."""
-        metrics = super().metrics(sums) | {"psnr": decibels(sums["count"] / sums["image_error"])}
+        metrics = super().metrics(sums) | {"psnr": decibels(sums["count"], sums["image_error"])}
         if sums["audio_power"]:  # it isn't silence
-            metrics["audio_snr"] = decibels(sums["audio_power"] / sums["audio_error"])
+            metrics["audio_snr"] = decibels(sums["audio_power"], sums["audio_error"])
         return metrics | ({"accuracy": sums["masked_right"] / sums["masked"]} if sums["masked"] else {})
 
     def show(self, model: nn.Module) -> dict[str, Tensor | tuple[Tensor, int]]:
@@ -91,16 +91,18 @@ class MultimodalAutoencoding(Task):
                 outputs["label"][0])
 
     def summary(self, metrics: dict[str, float]) -> str:
-        """Beside what it would be for predicting a mean frame, of the training clips or the clip's own."""
-        some = range(min(256, len(self.train_clips)))
-        mean = torch.stack([self.train_clips[index]["image"].mean(0) for index in some]).mean(0)  # (3, H, W)
-        images = [self.val_clips[index]["image"] for index in range(len(self.val_clips))]
-        errors = [sum((image - frame).square().mean().item() for image, frame in zip(images, frames)) / len(images)
-                  for frames in ([mean] * len(images), [image.mean(0) for image in images])]
-        psnr, own_psnr = (decibels(1 / error) for error in errors)
+        """Beside what it would be for predicting a mean frame, of the training clips or the clip's own; by 256 clips at
+        most of each."""
+        train, val = ((clips[index]["image"] for index in range(min(256, len(clips))))  # one at a time: they are large
+                      for clips in (self.train_clips, self.val_clips))
+        frames = [image.mean(0) for image in train]
+        mean = sum(frames) / len(frames)  # (3, H, W)
+        errors = [torch.stack([(image - frame).square().mean() for frame in (mean, image.mean(0))]) for image in val]
+        psnr, own_psnr = (decibels(1.0, error) for error in (sum(errors) / len(errors)).tolist())
         return (f"validation: PSNR {metrics['psnr']:.2f} dB; predicting the mean frame of training clips it would be "
                 f"{psnr:.2f} dB, the mean of the clip's own frames {own_psnr:.2f} dB")
 
 
-def decibels(ratio: float) -> float:
-    return 10 * math.log10(ratio)
+def decibels(signal: float, noise: float) -> float:
+    ratio = signal / max(noise, 1e-30)
+    return 10 * math.log10(ratio) if ratio > 0 else ratio - math.inf  # a loss that is not finite is told by train.py
