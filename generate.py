@@ -160,7 +160,8 @@ def complete_image(task: ImageSequences, model: PerceiverAR, args: argparse.Name
 
 GENERATORS = {CausalLM: continue_text, Copy: continue_text, SymbolicMusic: continue_music,
               ImageSequences: complete_image}
-OPTIONS = {"tokenizer": (CausalLM,), "out": (SymbolicMusic, ImageSequences), "piano_roll": (SymbolicMusic,)}  # not for all
+# Options that are not for all
+OPTIONS = {"tokenizer": (CausalLM,), "out": (SymbolicMusic, ImageSequences), "piano_roll": (SymbolicMusic,)}
 
 
 def load(args: argparse.Namespace, device: torch.device) -> tuple[Task, PerceiverAR]:

@@ -1,8 +1,8 @@
 """Run a trained model on files: `python predict.py --ckpt runs/mnist/checkpoints/best.pt digit.png`.
 
 The checkpoint tells what is done with the inputs: masks of a text are filled, texts or images are classified, between
-frames optical flow is found, videos are given back. Text goes to stdout, everything else that is said to stderr, pictures,
-videos, sound and flow to files.
+frames optical flow is found, videos are given back. Results in words go to stdout, everything else that is said to
+stderr; pictures, videos, sound and flow to files.
 """
 import argparse
 import os
@@ -156,7 +156,8 @@ def frame_pairs(inputs: list[str]) -> Iterator[tuple[str, Tensor]]:
         return
     if len(inputs) == 1 and source.is_dir():
         files = [str(file) for file in source.iterdir() if file.suffix.lower() in Image.registered_extensions()]
-        inputs = sorted(files, key=lambda file: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", file)])
+        inputs = sorted(files, key=lambda file: [int(part) if part.isdigit() else part
+                                                 for part in re.split(r"(\d+)", file)])  # 9.png, 10.png
     if not source.exists():
         raise UserError(f"cannot read {source}: No such file or directory")
     if len(inputs) < 2:

@@ -44,9 +44,10 @@ def main() -> None:
 
 `python benchmarks/decode_memory.py`, torch {torch.__version__}, CPU, float32, {torch.get_num_threads()} thread.
 
-MiB of resident memory that decoding a clip of 224 x 224 pixels a frame, with its sound and class, adds at its peak, less
-the frames themselves, which the result holds (2.3 MiB for 4, 9.2 MiB for 16). The model is a small one (32 latents,
-queries of {WIDTH + 2} channels), so that 800,000 outputs take seconds; the official one has queries of 1026 channels.
+MiB of resident memory that decoding a clip of 224 x 224 pixels a frame, with its sound and class, adds at its peak,
+less the frames themselves, which the result holds (2.3 MiB for 4, 9.2 MiB for 16). The model is a small one (32
+latents, queries of {WIDTH + 2} channels), so that 800,000 outputs take seconds; the official one has queries of 1026
+channels.
 
 | pixels at a time | {' | '.join(f'{n} frames' for n in FRAMES)} |
 |---|{'---|' * len(FRAMES)}""")

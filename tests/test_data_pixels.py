@@ -137,7 +137,8 @@ def test_completions_keep_the_upper_half(run, monkeypatch):
     assert not np.array_equal(samples[0], samples[1])
     assert np.array_equal(complete("--num-samples", "1", "--seed", "2")[2], samples[2])
     for args, message in ((("--out", f"{folder}/out.xyz"), "cannot write .*out.xyz: it must be a file, ending in"),
-                          (("--out", f"{folder}"), "cannot write"), (("--piano-roll", "a.png"), "not for task image_ar"),
+                          (("--out", f"{folder}"), "cannot write"),
+                          (("--piano-roll", "a.png"), "--piano-roll a.png is not for task image_ar"),
                           (("--tokenizer", "a.json"), "--tokenizer a.json is not for task image_ar")):
         with pytest.raises(UserError, match=message):
             complete(*args)

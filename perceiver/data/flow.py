@@ -43,7 +43,7 @@ class FlowDataConfig(LoaderConfig):
         require(self.sintel_pass in ("clean", "final", "both"),
                 f"sintel_pass={self.sintel_pass!r} must be clean, final or both")
         require(self.dataset in ("sintel", "chairs") or not self.eval_whole,
-                f"eval_whole={self.eval_whole} is for images of one size that are larger than frame_shape: sintel's, chairs'")
+                f"eval_whole={self.eval_whole} is for images of one size: sintel's, chairs'")
         require(self.dataset != "generated" or not self.flip, f"flip={self.flip} is not for generated pairs")
 
 
@@ -173,7 +173,8 @@ class FlowFiles(Dataset):
         file = self.dataset._image_list[number][0]
         with reading(f"{file}, the frame after it or their flow"):
             first, second, flow, *valid = self.dataset[number]
-        frames = stack_frames([file, "the frame after it"], [TF.pil_to_tensor(frame) for frame in (first, second)])  # (2, 3, H, W)
+        pictures = [TF.pil_to_tensor(frame) for frame in (first, second)]
+        frames = stack_frames([file, "the frame after it"], pictures)  # (2, 3, H, W)
         flow = torch.from_numpy(flow).movedim(0, -1)  # (H, W, 2)
         valid = torch.from_numpy(valid[0]) if valid else torch.ones(flow.shape[:2], dtype=torch.bool)
         flow = flow.where(valid[..., None], 0.0)
