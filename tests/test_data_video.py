@@ -4,6 +4,7 @@ import sys
 import wave
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from conftest import average_rate
 
 from perceiver.data import (ClipShape, Shuffled, VideoDataConfig, WithQueries, load_clips, read_video,
                             video_frames, write_sound, write_video)
-from perceiver.data.video import GeneratedClips
+from perceiver.data.video import GeneratedClips, to_tensor
 from perceiver.errors import UserError
 
 av = pytest.importorskip("av")
@@ -237,3 +238,9 @@ def test_the_sound_follows_the_motion():
             signs = clip["audio"][:, 0].view(8, 1000).sign()
             crossings += (signs.diff(dim=1) != 0).sum(1)[:-1].tolist()
     assert np.corrcoef(heights, crossings)[0, 1] > 0.8
+
+
+def test_frames_are_turned_as_the_file_says():
+    """-90 degrees counterclockwise: what was the left edge is the top."""
+    frame = SimpleNamespace(rotation=-90, to_ndarray=lambda format: np.arange(6, dtype=np.uint8).reshape(2, 3, 1))
+    assert to_tensor(frame)[0].tolist() == [[3, 0], [4, 1], [5, 2]]
