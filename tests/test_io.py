@@ -286,7 +286,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
     (lambda: PerceiverEncoderConfig(num_cross_attention_layers=2), "num_cross_attention_layers=2 exceeds "
      "num_self_attention_blocks=1"),
     (lambda: PerceiverDecoderConfig(num_query_channels=0), "num_query_channels=0"),
-    (lambda: PerceiverDecoderConfig(activation="relu"), "activation='relu' must be gelu_tanh or gelu"),
+    (lambda: PerceiverDecoderConfig(activation="relu"), "activation='relu' must be one of gelu, gelu_tanh"),
     (lambda: PerceiverDecoderConfig(dropout=1.0), r"dropout=1.0 must be in \[0, 1\)"),
     (lambda: PerceiverDecoderConfig(init_scale=0.0), "init_scale=0.0 must be positive"),
     (lambda: ImageClassifierConfig(512, 1024), "encoder.num_cross_attention_heads=8 does not divide 261"),
