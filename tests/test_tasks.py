@@ -178,6 +178,17 @@ def test_ranks_change_nothing_in_videos(tmp_path):
             assert [line.get(name) for line in one] == pytest.approx([line.get(name) for line in two], abs=1e-3)
 
 
+def test_yardsticks_of_videos_by_hand():
+    config = load_config(ROOT / "configs/autoencode.yaml", [*SMALL_CLIPS, "data.num_val_clips=3"], TASKS)
+    task = TASKS[config.task](config)
+    task.load_data()
+    train, val = (torch.stack([clips[index]["image"] for index in range(number)])  # (n, T, 3, H, W)
+                  for clips, number in ((task.train_clips, 256), (task.val_clips, 3)))
+    psnr, own = (-10 * (val - mean).square().mean().log10() for mean in (train.mean((0, 1)), val.mean(1, keepdim=True)))
+    line = f"clips it would be {psnr:.2f} dB, the mean of the clip's own frames {own:.2f} dB"
+    assert line in task.summary({"psnr": 0})
+
+
 @pytest.mark.parametrize("distance", ["l1", "l2"])
 def test_losses_of_videos_by_hand(distance):
     """All outputs at once in evaluation; in training those that are asked for."""

@@ -1,5 +1,6 @@
 """Tasks on videos: their frames, their sound and what happens in them."""
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -93,11 +94,13 @@ class MultimodalAutoencoding(Task):
     def summary(self, metrics: dict[str, float]) -> str:
         """Beside what it would be for predicting a mean frame, of the training clips or the clip's own; by 256 clips at
         most of each."""
-        train, val = ((clips[index]["image"] for index in range(min(256, len(clips))))  # one at a time: they are large
-                      for clips in (self.train_clips, self.val_clips))
-        frames = [image.mean(0) for image in train]
+        def images(clips: Dataset) -> Iterator[Tensor]:  # one at a time: they are large
+            return (clips[index]["image"] for index in range(min(256, len(clips))))
+
+        frames = [image.mean(0) for image in images(self.train_clips)]
         mean = sum(frames) / len(frames)  # (3, H, W)
-        errors = [torch.stack([(image - frame).square().mean() for frame in (mean, image.mean(0))]) for image in val]
+        errors = [torch.stack([(image - frame).square().mean() for frame in (mean, image.mean(0))])
+                  for image in images(self.val_clips)]
         psnr, own_psnr = (decibels(1.0, error) for error in (sum(errors) / len(errors)).tolist())
         return (f"validation: PSNR {metrics['psnr']:.2f} dB; predicting the mean frame of training clips it would be "
                 f"{psnr:.2f} dB, the mean of the clip's own frames {own_psnr:.2f} dB")
