@@ -11,7 +11,7 @@ from perceiver.adapters import (ClassificationOutput, FlowOutput, FourierPositio
                                 GridOutput, ImageFeatures, InputAdapter, InputQueries, LinearOutput, Patches,
                                 TiedTokenOutput, TrainablePositions, TrainableQueries, VectorInput)
 from perceiver.model import (Perceiver, PerceiverDecoder, PerceiverDecoderConfig, PerceiverEncoder,
-                             PerceiverEncoderConfig, PerceiverIO, check_positive, init_weights)
+                             PerceiverEncoderConfig, PerceiverIO, check_choice, check_positive, init_weights)
 from perceiver.multimodal import MultimodalInput, MultimodalOutput, MultimodalPerceiverIO, MultimodalQueries
 
 
@@ -54,8 +54,7 @@ class ImageInputConfig:
                 raise ValueError(f"{name}={value} must be {length} positive numbers")
         for name, choices in (("features", ("pixels", "conv1x1", "conv")), ("conv_padding", ("same", "symmetric")),
                               ("positions", ("fourier", "trainable"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(choices)}")
+            check_choice(self, name, choices)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -7,7 +7,7 @@ their names.
 import torch
 from torch import Tensor, nn
 
-from perceiver.model import PerceiverIO
+from perceiver.model import PerceiverIO, init_weights
 
 
 def trained_vectors(num_channels: dict[str, int], init_scale: float) -> nn.ParameterDict:
@@ -70,8 +70,7 @@ class MultimodalOutput(nn.Module):
                  init_scale: float = 0.02):
         super().__init__()
         self.linear = nn.Linear(num_query_channels, num_channels)
-        nn.init.normal_(self.linear.weight, std=init_scale)
-        nn.init.zeros_(self.linear.bias)
+        init_weights(self.linear, init_scale)
         self.adapters = nn.ModuleDict(sorted(adapters.items()))
 
     def forward(self, queries: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from perceiver.config import require
 from perceiver.data.batches import LoaderConfig, own_process_group
 from perceiver.data.image import reading
-from perceiver.data.text import TextWindows, Tokens, fetch, hold_out, left_padded
+from perceiver.data.text import TextWindows, Tokens, fetch, hold_out, left_padded, write_tokens
 from perceiver.errors import UserError
 
 NOTE_ON, NOTE_OFF, SHIFT, VELOCITY, PAD = 0, 128, 256, 356, 388  # the first ids of each kind
@@ -325,10 +325,7 @@ def encoded(folder: Path, part: str, files: list[Path], config: MusicDataConfig)
                 pieces.append(piece)
         if not pieces:
             raise UserError(f"{folder} holds no MIDI file that can be read for {part}")
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with open(cache.with_suffix(".tmp"), "wb") as file:
-            np.save(file, join(pieces))
-        cache.with_suffix(".tmp").replace(cache)
+        write_tokens(cache, join(pieces))
     with reading(cache):
         return Tokens(np.load(cache, mmap_mode="r", allow_pickle=False))
 

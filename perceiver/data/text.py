@@ -186,6 +186,15 @@ def read_tokens(file: Path, bin_dtype: str) -> Tokens:
         raise UserError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def write_tokens(file: Path, values: np.ndarray) -> None:
+    """An .npy file (n,) of what took long to make: whole, or not there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".tmp")
+    with open(partial, "wb") as out:
+        np.save(out, values)
+    partial.replace(file)
+
+
 def read_reviews(folder: Path) -> Tokens:
     """The texts of IMDb's class folders, with classes mixed, as the first ones alone may be used."""
     files = sorted(folder.glob("*/*.txt"), key=lambda file: (file.name, file.parent))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from perceiver.data.text import Tokens, read_bytes, read_tokens
+from perceiver.data.text import Tokens, read_bytes, read_tokens, write_tokens
 from perceiver.errors import UserError
 
 
@@ -74,11 +74,7 @@ def tokenize(corpus: Tokens, tokenizer: JsonTokenizer, cache_dir: Path) -> Token
                 ids += [np.array(encoding.ids, dtype)
                         for encoding in tokenizer.tokenizer.encode_batch(group, add_special_tokens=False)]
                 bar.update(sum(len(text.encode()) for text in group))
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".tmp")
-        with open(partial, "wb") as out:
-            np.save(out, np.concatenate(ids))
-        partial.rename(file)
+        write_tokens(file, np.concatenate(ids))
     return read_tokens(file, "")
 
 
