@@ -1,126 +1,130 @@
 """Train a model: `torchrun train.py CONFIG [section.key=value ...]`, or `python train.py CONFIG` on one device.
 
-Reads from top to bottom: one config in, one run folder out. What depends on the modality is asked of the task.
+The script reads one config and writes one run folder. Everything that depends on the modality (data, loss, metrics,
+samples) is in the task.
 """
+
 import math
 import signal
 import sys
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from perceiver import checkpoint, distributed
+from perceiver import checkpoint, distributed, io
 from perceiver.config import Config, load_config, to_dict, to_yaml
-from perceiver.data import TrainKeys, eval_loader, train_loader
-from perceiver.distributed import Ranks, StopSignal, add, floats
+from perceiver.data import TrainKeys, derive_seed, eval_loader, train_loader
+from perceiver.distributed import Ranks, StopSignal, add, to_floats, uses_bf16
 from perceiver.errors import UserError, run_script
-from perceiver.log import RunLog
+from perceiver.log import RunLog, format_metrics
 from perceiver.optim import build_optimizer, learning_rate, scale_and_clip
-from perceiver.speed import peak_flops, training_flops
+from perceiver.pretrained import init_weights_from
+from perceiver.speed import SpeedMeter
 from perceiver.tasks import TASKS
 
 
-def main(config: Config, ranks: Ranks) -> int:
-    """Trains, resumes or (dry_run) only builds; returns the exit code."""
-    train, device = config.train, ranks.device
-    if config.data.batch_size % (train.accumulate * ranks.world_size):
-        raise UserError(f"data.batch_size={config.data.batch_size} is not divisible by "
-                        f"train.accumulate={train.accumulate} x {ranks.world_size} processes")
-    say = print if ranks.is_main else lambda *_: None
+def train(config: Config, ranks: Ranks) -> int:
+    """Trains a model, from the start or from a checkpoint. With train.dry_run it only builds the model.
 
-    # The model. Parameters are float32; autocast and TF32 choose how they are multiplied.
+    Returns the exit code. Raises FloatingPointError if the loss or the gradient is not finite.
+    """
+    options, device, batch_size = config.train, ranks.device, config.data.batch_size
+    micro_batches = options.gradient_accumulation_steps
+    if batch_size % (micro_batches * ranks.world_size):
+        raise UserError(
+            f"data.batch_size={batch_size} is not divisible by train.gradient_accumulation_steps="
+            f"{micro_batches} x {ranks.world_size} processes"
+        )
+    say = io.say if ranks.is_main else lambda *lines: None
+
+    # The model. Parameters are float32. Autocast (bf16) and TF32 lower the precision of matrix products only.
     torch.set_float32_matmul_precision("high")
-    torch.manual_seed(train.seed)
+    torch.manual_seed(options.seed)
     task = TASKS[config.task](config)
     model = task.build_model().to(device)
     optimizer = build_optimizer(model, config.optim)
-    if train.dry_run:
+    if options.dry_run:
         say(to_yaml(config))
     say(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
-    if train.dry_run:
+    if options.dry_run:
         return 0
 
-    # The data and the run folder, in this order: a run that cannot start leaves nothing behind.
-    train_set, val_set = ranks.main_first(task.load_data)  # it may download
+    # The data, the initial weights, the run folder. The folder comes last: a run that cannot start leaves none behind.
+    train_set, val_set = ranks.main_first(task.load_data)  # the main rank downloads, the others wait
+    if task.data_note:
+        say(task.data_note)
     if len(val_set) < ranks.world_size:
-        raise UserError(f"the validation set has {len(val_set)} examples, fewer than the {ranks.world_size} processes; "
-                        "give more data, or raise data.val_fraction")
-    folder = Path(train.out_dir)
-    last, best = folder / "checkpoints" / "last.pt", folder / "checkpoints" / "best.pt"
-    step, best_loss = checkpoint.resume(config, model, optimizer, ranks, TASKS)
-    if step:
-        say(f"resumed at step {step}")
-    else:
-        task.initialise(model)
-    keys = TrainKeys(config.data.batch_size, train.accumulate, ranks, step, train.max_steps)
+        raise UserError(
+            f"the validation set has {len(val_set)} examples, fewer than the {ranks.world_size} processes; "
+            "give more data, or raise data.val_fraction"
+        )
+    step, best_loss = 0, math.inf
+    source = checkpoint.resume_source(options)
+    if source is not None:
+        step, best_loss, note = checkpoint.resume(source, config, model, optimizer, device, TASKS)
+        say(note)
+    elif getattr(config.model, "init_from", None):
+        init_weights_from(model, config.model.init_from, config)
+    ranks.barrier()  # the main rank may move the checkpoint only after all ranks have read it
+    folder = Path(options.out_dir)
+    last, best = folder / checkpoint.LAST, folder / checkpoint.BEST
+    if ranks.is_main:
+        checkpoint.move_aside(folder, source)
+        log = RunLog(folder, step, to_yaml(config))
+
+    keys = TrainKeys(batch_size, micro_batches, ranks, step, options.max_steps)
     batches = iter(train_loader(train_set, keys, config.data.num_workers))
     val_batches = eval_loader(val_set, keys.size, ranks, config.data.num_workers)
-    log = RunLog(folder, step, to_yaml(config)) if ranks.is_main else None
-
-    # The model as training calls it; evaluation and checkpoints use `model`, whose parameters are the same.
-    bf16 = train.precision == "bf16" or (
-        train.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+    bf16 = uses_bf16(options.precision, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    called = ranks.wrap(torch.compile(model) if train.compile else model)
+    # Training calls `train_model`. Evaluation and checkpoints use `model`, which has the same parameters.
+    train_model = ranks.wrap(torch.compile(model) if options.compile else model)
+    speed = SpeedMeter(task, device, bf16)
     stop = StopSignal()
 
-    def save(path: Path) -> None:
-        if ranks.is_main:
-            checkpoint.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-                             "best_loss": best_loss, "config": to_dict(config), **task.state()}, path)
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
+        with autocast:
+            return task.loss(model, batch)
 
     def evaluate() -> dict[str, float] | None:
-        """Metrics on the whole validation set; None if a signal to stop came in between."""
-        model.eval()
+        """The metrics of the whole validation set. None if a stop signal arrives."""
         totals = {}
-        with torch.inference_mode():
+        with evaluation_mode(model):
             for batch in val_batches:
-                batch = to_device(batch, device)
-                with autocast:
-                    add(totals, task.loss(model, batch))
+                add(totals, loss(model, batch))
                 if stop.received:
                     break
-        model.train()
-        return None if ranks.any(stop.received) else task.metrics(floats(ranks.sum(totals)))
-
-    def not_finite(what: str) -> int:
-        if ranks.is_main:
-            print(f"error: at step {step} the {what}; the last good checkpoint is as it was. Try a lower optim.lr, "
-                  "a smaller optim.max_grad_norm or train.precision=float32", file=sys.stderr)
-        return 1
+        if ranks.any(stop.received):
+            return None
+        return task.metrics(to_floats(ranks.sum(totals)))
 
     model.train()
-    bar = tqdm(total=train.max_steps, initial=step, disable=not ranks.is_main, mininterval=1.0, dynamic_ncols=True)
-    peak = peak_flops(device, bf16)  # 0 where it is not known
-    flops, flops_by_shape = 0, {}  # of this rank, since it last logged; of a micro-batch
-    totals, logged_step, clock = {}, step, time.perf_counter()
+    bar = tqdm(initial=step, total=options.max_steps, disable=not ranks.is_main, mininterval=1.0, dynamic_ncols=True)
+    totals, logged_step = {}, step  # sums since the last log line
     val, stopping = None, False
-    while step < train.max_steps and not stopping:
-        lr = learning_rate(step, train.max_steps, config.optim)
+    while step < options.max_steps and not stopping:
+        lr = learning_rate(step, options.max_steps, config.optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        # Random numbers (dropout) depend on the step, not on those before: to resume needs no generator's state.
-        torch.manual_seed(int(np.random.SeedSequence((train.seed, step, ranks.rank)).generate_state(1)[0]))
+        # The random numbers of a step do not depend on earlier steps: a checkpoint needs no generator state.
+        torch.manual_seed(derive_seed(options.seed, step, ranks.rank))
 
-        sums = {}  # of this step, over its micro-batches: loss, count, ...
-        for micro in range(train.accumulate):
-            batch = to_device(next(batches), device)
-            if peak:
-                shapes = tuple(values.shape for values in batch.values())
-                if shapes not in flops_by_shape:
-                    flops_by_shape[shapes] = training_flops(task, batch)
-                flops += flops_by_shape[shapes]
-            # Only the last backward exchanges gradients. DDP decides that in the forward.
-            distributed.sync_gradients(called, micro == train.accumulate - 1)
-            with autocast:
-                result = task.loss(called, batch)
+        sums = {}  # loss, count, ... of this step, summed over its micro-batches
+        for micro in range(micro_batches):
+            batch = next(batches)
+            speed.count(batch)
+            # DDP exchanges gradients in the last backward pass only. It decides so in the forward pass.
+            distributed.sync_gradients(train_model, micro == micro_batches - 1)
+            result = loss(train_model, batch)
             result["loss"].backward()
             add(sums, result)
         sums = ranks.sum(sums)
-        # So far gradients are those of the summed loss, averaged over ranks; now of the mean over the global batch.
+        # DDP averages the gradients of the summed loss over the ranks. Scale them to the mean over the global batch.
         grad_norm = scale_and_clip(model.parameters(), ranks.world_size / sums["count"], config.optim.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -129,79 +133,103 @@ def main(config: Config, ranks: Ranks) -> int:
         bar.update()
 
         stopping = ranks.any(stop.received)
-        final = stopping or step == train.max_steps
-        log_now = final or step % train.log_every == 0
-        eval_now = not stopping and (final or step % train.eval_every == 0)
-        save_now = final or eval_now or step % train.save_every == 0
-        if log_now or save_now:  # the only place where the host waits for the GPU
-            metrics = task.metrics(floats(totals)) | {"lr": lr, "grad_norm": grad_norm.item()}
-            if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-                bar.close()
-                return not_finite(f"loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}")
+        final = stopping or step == options.max_steps
+        log_now = final or step % options.log_every == 0
+        eval_now = not stopping and (final or step % options.eval_every == 0)
+        save_now = final or eval_now or step % options.save_every == 0
+        if log_now or save_now:  # in other steps the host does not wait for the GPU
+            metrics = task.metrics(to_floats(totals)) | {"lr": lr, "grad_norm": grad_norm.item()}
+            check_finite(step, loss=metrics["loss"], grad_norm=metrics["grad_norm"])
         if log_now:
-            seconds, steps = time.perf_counter() - clock, step - logged_step
-            examples = steps * config.data.batch_size
-            metrics[task.rate] = (totals["count"].item() if task.rate == "tokens_per_s" else examples) / seconds
-            if peak:
-                metrics["mfu"] = flops / seconds / peak
-            bar.set_postfix({name: f"{metrics[name]:.4g}" for name in ("loss", task.rate, "mfu") if name in metrics})
-            if log:
-                log.metrics(step, "train", metrics)
-            totals, flops, logged_step, clock = {}, 0, step, time.perf_counter()
-        paused = time.perf_counter()
-        improved = False
-        if eval_now:
-            val = evaluate()
-            if val is None:
-                stopping = True
-            elif not math.isfinite(val["loss"]):
-                bar.close()
-                return not_finite(f"validation loss is {val['loss']}")
-            else:
-                improved = val["loss"] < best_loss
+            rates = speed.report((step - logged_step) * batch_size, totals["count"].item())
+            bar.set_postfix(loss=metrics["loss"], **rates)
+            if ranks.is_main:
+                log.metrics(step, "train", metrics | rates)
+            totals, logged_step = {}, step
+
+        with speed.paused():
+            val = None
+            if eval_now:
+                val = evaluate()
+                stopping = val is None
+            improved = val is not None and val["loss"] < best_loss
+            if val:
+                check_finite(step, validation_loss=val["loss"])
                 best_loss = min(best_loss, val["loss"])
-                if log:
-                    bar.clear()
-                    print(f"step {step}: {listing(val)}")
-                    log.metrics(step, "val", val)
-                    log.show(step, task.show(model))
-        if save_now:
-            save(best if improved else last)
-            if improved and ranks.is_main:
-                checkpoint.link(best, last)
-        clock += time.perf_counter() - paused  # the rate is of training alone
+            if val and ranks.is_main:
+                log.metrics(step, "val", val)
+                if not final:
+                    say(f"step {step}: {format_metrics(val)}")
+            if save_now and ranks.is_main:
+                state = {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "best_loss": best_loss,
+                    "config": to_dict(config),
+                    "task": task.state_dict(),
+                }
+                checkpoint.save(state, best if improved else last)
+                if improved:
+                    checkpoint.link(best, last)
+            if val and ranks.is_main:
+                with evaluation_mode(model):
+                    log.visuals(step, task.visualize(model))
     bar.close()
 
-    if not stopping and val is None:  # a complete run that was started again
+    if val is None and not stopping:  # no step to train: the run was already complete
         val = evaluate()
-    if stopping or val is None:
+    if val is None:
         say(f"stopped by {stop.name} after step {step}; the same command continues from {last}")
         return 128 + (stop.received or signal.SIGTERM)
     if ranks.is_main:
-        print(f"step {step} of {train.max_steps}, the run is complete: {listing(val)}")
-        print(*filter(None, (task.summary(val), f"checkpoints in {last.parent}")), sep="\n")
+        say(
+            task.summary(val) or f"validation: {format_metrics(val)}",
+            f"step {step}, the run is complete",
+            f"checkpoints in {last.parent}; best.pt has the lowest validation loss, {best_loss:.4f}",
+        )
         log.close()
     return 0
 
 
-def run() -> int:
-    config = load_config(sys.argv[1], sys.argv[2:], TASKS)
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Turns off dropout and gradients inside the block, then returns to training mode."""
+    model.eval()
+    with torch.inference_mode():
+        yield
+    model.train()
+
+
+def check_finite(step: int, **values: float):
+    """Raises FloatingPointError if one of `values` is infinite or NaN."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(f"at step {step} {name} is {value}")
+
+
+def main() -> int:
+    usage = __doc__.splitlines()[0]
+    arguments = sys.argv[1:]
+    if "-h" in arguments or "--help" in arguments:
+        print(usage)
+        return 0
+    if not arguments:
+        raise UserError(f"the config is missing. {usage}")
+    config = load_config(arguments[0], arguments[1:], TASKS)
+    ranks = distributed.init_ranks(config.train.device)
     try:
-        return main(config, distributed.init_ranks(config.train.device))
+        return train(config, ranks)
+    except FloatingPointError as error:
+        if ranks.is_main:
+            io.tell(
+                f"error: {error}. Try a lower optim.lr or optim.max_grad_norm, or train.precision=float32. "
+                "Checkpoints of earlier steps, if there are any, are unchanged"
+            )
+        return 1
     finally:
         distributed.close()
 
 
-def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: values.to(device, non_blocking=True) for name, values in batch.items()}
-
-
-def listing(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-
-
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        print(__doc__.splitlines()[0], file=sys.stderr)
-        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
-    run_script(run)
+    run_script(main)

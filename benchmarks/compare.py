@@ -1,24 +1,29 @@
-"""How fast ours is beside another implementation at the same work.
+"""Compares the speed of this project with another implementation that does the same work.
 
     python benchmarks/compare.py [--rows train-step decode ...] [--rounds 15] [--peer krasserm] [--peer-dir DIR]
 
-Each side lives in a process of its own (krasserm's package is called `perceiver` too) and does one unit of work at a
-time, in turns, so that whatever else the machine does hits both alike. Ratios are medians over pairs of neighbours in
-time, with their quartiles. `--peer ours --peer-dir DIR` compares with another checkout of this project.
+The two sides are this project ("ours") and the other implementation (the "peer"). Each side has its own process,
+because krasserm's package is called `perceiver` too. The sides take turns: each does one unit of work at a time, so
+other load on the machine slows both alike. Two neighboring units form a pair. The table gives the median of the ratios
+of all pairs, with quartiles. `--peer ours --peer-dir DIR` compares with another checkout of this project.
 
-What a unit is:
-    train-step  forward, cross-entropy, backward and fused AdamW of one example; half of the prefix is dropped
-    fourier-forward, fourier-train  (--peer transformers) the ImageNet classifier with Fourier positions on one image,
-                without and with cross-entropy, backward and fused AdamW; no dropout on either side
-    decode      one greedy token, as a mean over 16, after a prompt of 3500 tokens of which the last 428 are latents.
-                krasserm's side drives the core model and its own `kv_cache` in the leanest loop: model, argmax. Its
-                Hugging Face wrapper would add to that, and has no `generate` in transformers 5. Ours goes through
-                `Decoder`, as generate.py does. The encoding of the prompt is not part of it. Ours encodes anew every
-                256 tokens to stay exact, which krasserm's does not (it slides the cache, an approximation).
-    decode-compiled  the same, ours with generate.py's --compile
-A new row is a name in ROWS and a branch in each side; a new peer is a function like `krasserm`.
-The floor of `decode` is the time to read all weights and cached keys and values once, in the same run.
-decode.py has more of decoding, without a peer.
+A row of the table is one kind of work. Its unit:
+
+    train-step        a training step on one example: forward, cross-entropy, backward, fused AdamW. Half of the prefix
+                      is dropped
+    fourier-forward   (--peer transformers) the ImageNet classifier with Fourier positions: forward on one image
+    fourier-train     (--peer transformers) the same model: a training step on one image, without dropout
+    decode            one greedy token after a prompt of 3500 tokens, of which the last 428 are latents. The time is a
+                      mean over 16 tokens, without the encoding of the prompt
+    decode-compiled   the same; our side uses --compile of generate.py
+
+In `decode`, our side runs `Decoder`, as generate.py does. Every 256 tokens it encodes the window again, to stay exact.
+krasserm's side runs the core model with its own `kv_cache` in the shortest loop: model, argmax. It slides its cache
+instead, which is an approximation. krasserm's Hugging Face wrapper would take longer, and has no `generate` in
+transformers 5. The floor of `decode` is the time to read all weights and all cached keys and values once. It is
+measured in the same run. decode.py measures more of decoding, without a peer.
+
+To add a row, add a name to ROWS and a branch to each side. To add a peer, write a function like `krasserm`.
 """
 import argparse
 import json
@@ -27,15 +32,16 @@ import subprocess
 import sys
 import time
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
 import torch
 import torch.nn.functional as F
 
-PROMPT, PREFIX, TOKENS = 3500, 3072, 16  # decode: tokens before the first timed one, those that are prefix; timed ones
+PROMPT, PREFIX, TOKENS = 3500, 3072, 16  # decode: tokens in the prompt, in the prefix, and timed
 DECODE = f"AR cached token: prompt {PROMPT} of T 4096, N 512, 512 channels, 8 layers, batch 1"
-ROWS = {  # name: what it is, the parameters that both models must have
+ROWS = {  # name: description, number of parameters of both models
     "train-step": ("AR training step: T 2048, N 512, 512 channels, 8 layers, batch 1, prefix dropout 0.5", 29_514_502),
     "fourier-forward": ("Perceiver IO, ImageNet Fourier, 224x224, batch 1: forward", 48_440_627),
     "fourier-train": ("Perceiver IO, ImageNet Fourier, 224x224, batch 1: training step", 48_440_627),
@@ -43,19 +49,19 @@ ROWS = {  # name: what it is, the parameters that both models must have
     "decode-compiled": (f"{DECODE}, ours compiled", 30_563_078),
 }
 PEERS = {"krasserm": ("train-step", "decode", "decode-compiled"), "transformers": ("fourier-forward", "fourier-train"),
-         "ours": tuple(ROWS)}  # the rows that a peer can do
+         "ours": tuple(ROWS)}  # the rows that each peer has
 INSTALL = "pip install --no-deps --ignore-requires-python --target {} perceiver-io einops fairscale"
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The work. Each side is a function: row -> (model, function that does one unit and returns its seconds)
+# The work. Each side is a function: row -> (model, a function that does one unit and returns the seconds that it took)
 
 
 def ours(row: str, device: str):
     from perceiver.model import PerceiverAR, PerceiverARConfig
-    from perceiver.sampling import Decoder
 
     if row == "train-step":
-        model = PerceiverAR(PerceiverARConfig(max_seq_len=2048, cross_attention_dropout=0.5)).to(device)
+        config = PerceiverARConfig(vocab_size=262, max_seq_len=2048, cross_attention_dropout=0.5)
+        model = PerceiverAR(config).to(device)
         return model, training(model, *next_bytes(model, device))
     if row.startswith("fourier"):
         from perceiver.config import load_config
@@ -63,11 +69,16 @@ def ours(row: str, device: str):
         config = load_config(Path(__file__).parents[1] / "configs/imagenet_fourier.yaml", [], TASKS)
         return image_row(row, config.model.build().to(device), lambda model, images: model(images))
 
-    model = PerceiverAR(PerceiverARConfig()).to(device).eval()
-    options = {"compile": True} if row == "decode-compiled" else {}  # older checkouts know no such option
+    try:
+        from perceiver.decoding import Decoder
+    except ImportError:  # the Decoder of older checkouts needs the number of new tokens
+        from perceiver.sampling import Decoder as OldDecoder
+        Decoder = partial(OldDecoder, max_new_tokens=TOKENS + 1)
+    model = PerceiverAR(PerceiverARConfig(vocab_size=262)).to(device).eval()
+    options = {"compile": True} if row == "decode-compiled" else {}  # older checkouts do not have this option
 
     def unit():
-        decoder = Decoder(model, [prompt().tolist()], TOKENS + 1, **options)
+        decoder = Decoder(model, [prompt().tolist()], **options)
 
         def step():
             decoder.append(step.logits.argmax(-1))
@@ -114,6 +125,7 @@ def transformers(row: str, device: str):
 
 
 def image_row(row: str, model, logits):
+    """The result of a side for a row with an image classifier. `logits` is a function of the model and the images."""
     device = next(model.parameters()).device
     images, label = torch.randn(1, 3, 224, 224, device=device), torch.zeros(1, dtype=torch.long, device=device)
     if row == "fourier-train":
@@ -128,7 +140,8 @@ def image_row(row: str, model, logits):
 
 
 def next_bytes(logits, device):
-    """What `training` takes, of a model of bytes: the logits of the last 512 of 2048, and their labels."""
+    """Arguments of `training` for a model of bytes: a function that returns the logits (512, V) of the last 512 of 2048
+    positions, and their labels (512,)."""
     tokens = torch.randint(262, (1, 2049), device=device)
     return lambda: logits(tokens[:, :-1])[0], tokens[0, -512:]
 
@@ -138,6 +151,7 @@ def prompt(length: int = PROMPT) -> torch.Tensor:
 
 
 def training(model, logits, labels):
+    """A function that does a training step and returns its seconds. `logits` is a function that runs the model."""
     device = labels.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -150,7 +164,7 @@ def training(model, logits, labels):
 
 
 def timed(step, device, times: int = 1) -> float:
-    """Seconds of one call of `step`, as a mean over `times`."""
+    """Seconds of one call of `step`: the mean over `times` calls."""
     sync = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
     sync()
     start = time.perf_counter()
@@ -161,7 +175,7 @@ def timed(step, device, times: int = 1) -> float:
 
 
 def worker(side: str, device: str) -> None:
-    """Answers every line on stdin, the name of a row, with JSON: seconds of a unit, parameters of the model."""
+    """Reads names of rows from stdin. For each, does one unit, and prints JSON: its seconds, the model's parameters."""
     replies, sys.stdout = sys.stdout, sys.stderr
     row = None
     for line in sys.stdin:
@@ -178,7 +192,7 @@ def worker(side: str, device: str) -> None:
 
 
 class Side:
-    """A worker: called with a row, it does one unit of it."""
+    """The worker process of a side. A call makes it do one unit of a row."""
 
     def __init__(self, name: str, package_dir: Path, args):
         self.process = subprocess.Popen(
@@ -192,13 +206,13 @@ class Side:
 
 
 def decode_bytes(num_parameters: int, batch_size: int = 1, weight_bytes: int = 4, cache_bytes: int = 4) -> int:
-    """What a token of a batch reads: all parameters but the positions of other tokens, the keys and values."""
+    """Bytes that a decoding step reads: the parameters, with one row of the position table, and all keys and values."""
     keys = PROMPT + TOKENS // 2 + 8 * (PROMPT + TOKENS // 2 - PREFIX)
     return weight_bytes * (num_parameters - (4096 - 1) * 512) + cache_bytes * batch_size * 2 * 512 * keys
 
 
 def reading_time(num_bytes: int, device: str) -> float:
-    """Seconds to read so much memory once, at the best of five passes."""
+    """Seconds to read `num_bytes` of memory once: the best of five passes."""
     memory = torch.ones(num_bytes // 4096, 1024, device=device)  # float32
     return min(timed(lambda: memory.sum(1), device) for _ in range(5))
 
@@ -212,10 +226,10 @@ def machine(device: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all that the peer can do")
-    parser.add_argument("--rounds", type=int, default=15, help="timed pairs of a row")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all rows that the peer has")
+    parser.add_argument("--rounds", type=int, default=15, help="number of timed pairs per row")
     parser.add_argument("--peer", choices=PEERS, default="krasserm")
-    parser.add_argument("--peer-dir", type=Path, default=Path("/tmp/peer-krasserm"), help="where its package is")
+    parser.add_argument("--peer-dir", type=Path, default=Path("/tmp/peer-krasserm"), help="holds the peer's package")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -223,9 +237,9 @@ def main() -> None:
         return worker(args.worker, args.device)
     args.rows = args.rows or PEERS[args.peer]
     if args.peer == "transformers":
-        args.peer_dir = Path(__file__).parent  # it is in requirements-dev.txt
+        args.peer_dir = Path(__file__).parent  # any folder without a package `perceiver`
     elif not (args.peer_dir / "perceiver").is_dir():
-        print(f"--peer-dir has no package `perceiver`; {INSTALL.format(args.peer_dir)}", file=sys.stderr)
+        print(f"{args.peer_dir} holds no package `perceiver`: {INSTALL.format(args.peer_dir)}", file=sys.stderr)
         sys.exit(2)
 
     sides = [Side("ours", Path(__file__).parents[1], args), Side(args.peer, args.peer_dir.resolve(), args)]
@@ -239,17 +253,17 @@ def main() -> None:
         assert counts == [num_parameters] * 2, f"{row}: not the same model, {counts} parameters"
         pairs, floors = [], []
         for i in range(args.rounds):
-            order = sides if i % 2 else sides[::-1]  # who goes first alternates
+            order = sides if i % 2 else sides[::-1]  # the sides take turns to be first
             pairs.append([side(row)["seconds"] for side in order][:: 1 if i % 2 else -1])
             if row.startswith("decode"):
                 floors.append(reading_time(decode_bytes(num_parameters), args.device))
         a, b = (f"{1e3 * median(times):.2f} ms" for times in zip(*pairs))
         low, ratio, high = quantiles((peer / mine for mine, peer in pairs), n=4)
-        least = "|"
+        cells = "|"
         if floors:
-            above = median(pair[0] / floor for pair, floor in zip(pairs, floors))
-            least = f"{1e3 * median(floors):.2f} ms | {above:.2f}"
-        print(f"| {description} | {num_parameters:,} | {a} | {b} | {ratio:.2f} ({low:.2f} .. {high:.2f}) | {least} |",
+            above_floor = median(pair[0] / floor for pair, floor in zip(pairs, floors))
+            cells = f"{1e3 * median(floors):.2f} ms | {above_floor:.2f}"
+        print(f"| {description} | {num_parameters:,} | {a} | {b} | {ratio:.2f} ({low:.2f} .. {high:.2f}) | {cells} |",
               flush=True)
 
 

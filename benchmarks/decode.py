@@ -1,12 +1,13 @@
-"""How far cached decoding is from the time of reading the weights and the cache once, on one device.
+"""Compares the time of cached decoding with its floor: the time to read the weights and the cache once.
 
     PYTHONPATH=. python benchmarks/decode.py [--rounds 9] [--device cpu]
 
-The model is that of configs/clm_wikitext103.yaml, the context 3500 of 4096 tokens. `equal` rows have that length each,
-`ragged` ones have it in the mean and differ by 8 to 56 tokens. `stride` is a mean over as many tokens as there are
-between two re-encodings, so that every row is encoded anew once; other figures are of tokens without. Every round
-measures the floor and each side, in turns, each at its best of 5 times; the table has the least of all rounds, and for
-ratios the medians over rounds.
+The model is that of configs/clm_wikitext103.yaml, with a context of 4096 tokens. In the column `equal`, all prompts of
+a batch have 3500 tokens. In the column `ragged`, they have 3500 tokens on average, and their lengths differ by 8 to 56
+tokens. A row of the table with `stride` in its name gives the mean over the 256 tokens from one re-encoding of the
+window to the next, so it includes one re-encoding of each sequence. The other rows include none. A round measures the
+floor and both columns in turns, each as the best of 5 times. The table has the minimum over the rounds, and for ratios
+the median.
 """
 import argparse
 from datetime import date
@@ -15,19 +16,23 @@ from statistics import median
 import torch
 from compare import PREFIX, PROMPT, decode_bytes, machine, prompt, reading_time, timed
 
+from perceiver.decoding import Decoder
+from perceiver.int8 import quantize
 from perceiver.model import PerceiverAR, PerceiverARConfig
-from perceiver.sampling import Decoder, quantize
 
 STRIDE = 256  # tokens between two re-encodings
 KINDS = [(1, "float32", False), (1, "float32", True), (8, "float32", False), (8, "float32", True),
-         (1, "bfloat16", False), (1, "bfloat16", True), (1, "int8", True)]  # batch, dtype of weights, compiled
+         (1, "bfloat16", False), (1, "bfloat16", True), (1, "int8", True)]  # batch size, dtype of the weights, compiled
 
 
 def decoder(model: PerceiverAR, batch_size: int, apart: int, compile: bool) -> Decoder:
-    """Prompts of PROMPT tokens in the mean, the lengths `apart` from each other; encoded and one token further."""
+    """A decoder of prompts with PROMPT tokens on average, whose lengths are `apart` tokens apart.
+
+    It has encoded the prompts and decoded one token with the cache, so compilation is done.
+    """
     middle = apart * (batch_size - 1) // 2
     prompts = [prompt(PROMPT - middle + row * apart).tolist() for row in range(batch_size)]
-    result = Decoder(model, prompts, 1_000, compile=compile)
+    result = Decoder(model, prompts, compile=compile)
     for _ in range(2):
         step(result)
     return result
@@ -38,7 +43,7 @@ def step(decoder: Decoder) -> None:
 
 
 def table_row(name: str, batch_size: int, seconds: list[list[float]], num_bytes: int) -> None:
-    """`seconds` of every round: of the floor, a token of equal rows, one of ragged rows (if there are)."""
+    """Prints a row. `seconds` has for each round: the floor, a token of equal rows and, if measured, of ragged rows."""
     floor, equal, *ragged = map(min, zip(*seconds))
     cells = [name, f"{1e3 * equal:.2f} ms", f"{batch_size / equal:.0f}", f"{1e3 * floor:.2f} ms",
              f"{num_bytes / floor / 1e9:.0f} GB/s", f"{median(times[1] / times[0] for times in seconds):.2f}"]
@@ -57,7 +62,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     for batch_size, dtype, compile in KINDS:
         torch.manual_seed(0)
-        model = PerceiverAR(PerceiverARConfig()).to(args.device).eval()
+        model = PerceiverAR(PerceiverARConfig(vocab_size=262)).to(args.device).eval()
         num_parameters = sum(p.numel() for p in model.parameters())
         if dtype == "int8":
             quantize(model)

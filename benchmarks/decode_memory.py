@@ -1,7 +1,9 @@
-"""Memory that decoding a video takes: `python benchmarks/decode_memory.py > benchmarks/results/decode_memory_cpu.md`.
+"""Measures the memory of decoding a video.
 
-Each number is the peak of the resident memory of a process of its own while it decodes, less what it had before: the
-latents, the model and what Python and torch take. Linux alone tells it.
+    python benchmarks/decode_memory.py > benchmarks/results/decode_memory_cpu.md
+
+Each number comes from a process of its own. It is the peak of resident memory during decoding, minus the resident
+memory before. The latents, the model, Python and torch are in memory before. Needs Linux.
 """
 import subprocess
 import sys
@@ -10,29 +12,29 @@ from pathlib import Path
 import torch
 
 sys.path.append(str(Path(__file__).parent.parent))
-from perceiver.architectures import MultimodalAutoencoderConfig, VideoInputConfig  # noqa: E402
 from perceiver.model import PerceiverDecoderConfig, PerceiverEncoderConfig  # noqa: E402
+from perceiver.tasks.video import MultimodalAutoencoderConfig, VideoInputConfig  # noqa: E402
 
 FRAMES, PIXELS, WIDTH = (4, 8, 16), (200_704, 50_176, 12_544, 3_136), 64
 
 
 def memory(field: str) -> float:
-    """MiB, of /proc/self/status."""
+    """A field of /proc/self/status in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def measure(num_frames: int, num_pixels: int) -> float:
-    """MiB that decoding `num_frames` frames of 224 x 224 and their sound, `num_pixels` at a time, adds."""
+    """Peak memory in MiB of decoding `num_frames` frames of 224 x 224 and their sound, `num_pixels` at a time."""
     video = VideoInputConfig((num_frames, 224, 224, 3), num_image_bands=8, num_audio_samples=1920 * num_frames,
                              num_audio_bands=16, max_resolution=(num_frames, 56, 56))
     model = MultimodalAutoencoderConfig(
         32, WIDTH, PerceiverEncoderConfig(1, num_self_attention_layers_per_block=1),
         PerceiverDecoderConfig(1, num_query_channels=WIDTH), video, WIDTH).build().eval()
-    x, latents = torch.zeros(1, 0, video.num_channels), torch.randn(1, 32, WIDTH)
+    x, latents = torch.zeros(1, 0, model.input_adapter.num_channels), torch.randn(1, 32, WIDTH)
     with torch.inference_mode():
-        model.decode(x, latents, {"image": torch.arange(9)})  # what torch sets up at the first use
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        model.decode(x, latents, {"image": torch.arange(9)})  # the first use of torch allocates some memory
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = memory("VmRSS")
         outputs = model.decode_in_chunks(x, latents, num_frames * 224 * 224 // num_pixels)
     assert outputs["image"].shape == (1, num_frames, 3, 224, 224)
@@ -44,10 +46,10 @@ def main() -> None:
 
 `python benchmarks/decode_memory.py`, torch {torch.__version__}, CPU, float32, {torch.get_num_threads()} thread.
 
-MiB of resident memory that decoding a clip of 224 x 224 pixels a frame, with its sound and class, adds at its peak,
-less the frames themselves, which the result holds (2.3 MiB for 4, 9.2 MiB for 16). The model is a small one (32
-latents, queries of {WIDTH + 2} channels), so that 800,000 outputs take seconds; the official one has queries of 1026
-channels.
+The table gives the peak of resident memory, in MiB, while the model decodes a clip with 224 x 224 pixels per frame, its
+sound and its class. It excludes the memory before decoding, and the resulting frames (2.3 MiB for 4, 9.2 MiB for 16).
+The model is small (32 latents, queries of {WIDTH + 2} channels), so that 800,000 outputs take seconds. The official
+model has queries of 1026 channels.
 
 | pixels at a time | {' | '.join(f'{n} frames' for n in FRAMES)} |
 |---|{'---|' * len(FRAMES)}""")

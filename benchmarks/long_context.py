@@ -1,17 +1,18 @@
-"""What a training step costs as the context grows, with the number of latents fixed.
+"""Measures the cost of a training step as the context grows, with a fixed number of latents.
 
     python benchmarks/long_context.py [CONFIG] [section.key=value ...] [--lengths 2048 4096 ...] [--repeats 5]
 
-CONFIG is one of the copy task, by default copy_4k.yaml on a CPU and copy_131k.yaml, the paper's model, on a GPU; its
-max_seq_len is set to each of the lengths in turn. A step is that of train.py on one full window: loss, backward,
-optimizer. Each length runs in a process of its own, so that none finds another's memory. The time is the least of
-several steps: on a CPU that of the process, with one thread, which other work on the machine disturbs least; on a GPU
-that of the clock. The memory is the peak over what the process held before its first step: on a CPU resident, on a GPU
-allocated.
+CONFIG is a recipe of the copy task. By default, it is copy_4k.yaml on a CPU, and copy_131k.yaml (the paper's model) on
+a GPU. The lengths replace its max_seq_len. A step is a training step of train.py on one full window: loss, backward,
+optimizer. Each length runs in a process of its own.
 
-The exponent of a cost that grows as T^e is the slope of its logarithm over that of T. The slope of the whole cost is
-less than e, as a part of it, of the latents' layers, does not depend on T. So there is a second one, of what doubling
-the context adds, in which that part cancels.
+The time is the minimum over several steps. On a GPU, it is wall-clock time. On a CPU, it is the process time of one
+thread, which other load on the machine disturbs least. The memory is the peak minus the memory before the first step:
+allocated memory on a GPU, resident memory on a CPU.
+
+If a cost grows as T^e, then e is the slope of log(cost) over log(T). A part of the whole cost does not depend on T: the
+layers on the latents. So the slope of the whole cost is less than e. In the difference between the costs of 2T and T,
+this part cancels, and the slope is e.
 """
 import argparse
 import json
@@ -36,8 +37,8 @@ from perceiver.tasks import TASKS  # noqa: E402
 
 
 def measure(config_file: str, overrides: list[str], length: int, repeats: int) -> dict[str, float]:
-    """Seconds of a training step on `length` tokens, and MiB at its peak."""
-    overrides = [*overrides, f"model.max_seq_len={length}", f"data.min_crop={length - 1}", "data.grow_steps=0"]
+    """Seconds and peak memory in MiB of a training step on `length` tokens."""
+    overrides = [*overrides, f"model.max_seq_len={length}", f"data.min_seq_len={length - 1}", "data.curriculum_steps=0"]
     config = load_config(config_file, overrides, TASKS)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cuda = device.type == "cuda"
@@ -65,11 +66,12 @@ def measure(config_file: str, overrides: list[str], length: int, repeats: int) -
 
 
 def resident() -> int:
-    """Bytes of memory that the process holds."""
+    """Bytes of resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def slope(lengths: list[int], costs: list[float]) -> float:
+    """The slope of log(cost) over log(length): a least-squares fit."""
     return np.polyfit(np.log(lengths), np.log(costs), 1)[0]
 
 
@@ -79,7 +81,7 @@ def main() -> None:
     parser.add_argument("config", nargs="?", default=str(ROOT / "configs" / f"{default}.yaml"))
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(11, 18)])
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps of a length")
+    parser.add_argument("--repeats", type=int, default=5, help="number of timed steps per length")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args()
     if args.worker:
@@ -89,8 +91,8 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"{date.today()}, {machine(device)}, torch {torch.__version__}, {' '.join(sys.argv)}\n")
     print("| T | step, ms | us per token | memory, MiB | KiB per token |\n|---|---|---|---|---|")
-    # One thread; and glibc's first threshold for mapping an array, which would grow with what is freed: arrays of all
-    # sizes then leave memory when they are freed, and the peak is what is alive.
+    # glibc gives each large array a memory map of its own, and unmaps it when the array is freed. But each free also
+    # raises the size that counts as large. With a fixed size, all large arrays leave memory: the peak is live memory.
     env = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": str(2**17)}
     costs = []
     for length in args.lengths:
@@ -101,7 +103,7 @@ def main() -> None:
         costs.append((cost["seconds"], cost["mib"]))
         print(f"| {length:,} | {1e3 * costs[-1][0]:,.1f} | {1e6 * costs[-1][0] / length:.2f} | {costs[-1][1]:,.0f} | "
               f"{1024 * costs[-1][1] / length:.2f} |", flush=True)
-    print("\n| cost as T^e | e of all of it | e of what doubling T adds |\n|---|---|---|")
+    print("\n| cost as T^e | e of the whole cost | e of the difference from T to 2T |\n|---|---|---|")
     for name, values in zip(("time", "memory"), zip(*costs)):
         added = slope(args.lengths[:-1], np.diff(values))
         print(f"| {name} | {slope(args.lengths, values):.3f} | {added:.3f} |")

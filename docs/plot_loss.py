@@ -1,19 +1,29 @@
-"""Draws the losses of a run: `python docs/plot_loss.py RUN OUT.png`. Needs matplotlib, which the project does not."""
+"""Plot a metric of a run over its steps: `python docs/plot_loss.py RUN OUT.png [METRIC]`.
+
+Needs matplotlib (requirements-dev.txt).
+"""
+import argparse
 import json
-import sys
 from pathlib import Path
 
-import matplotlib
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-run, out = map(Path, sys.argv[1:])
-lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("run", type=Path, help="a run folder, for example runs/clm")
+parser.add_argument("out", type=Path, help="the picture to write")
+parser.add_argument("metric", nargs="?", default="loss", help="a metric in metrics.jsonl; default: %(default)s")
+args = parser.parse_args()
+
+lines = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text().splitlines()]
+lines = [line for line in lines if args.metric in line]
+if not lines:
+    parser.error(f"{args.run}/metrics.jsonl has no metric {args.metric}")
 figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-for split, style in (("train", dict(linewidth=1)), ("val", dict(marker="o"))):
-    points = [(line["step"], line["bits_per_byte"]) for line in lines if line["split"] == split]
-    axes.plot(*zip(*points), label=split, **style)
-axes.set(xlabel="step", ylabel="bits per byte", title=f"runs/{run.name}")
+for split, style in (("train", {"linewidth": 1}), ("val", {"marker": "o"})):
+    points = [(line["step"], line[args.metric]) for line in lines if line["split"] == split]
+    if points:
+        axes.plot(*zip(*points), label=split, **style)
+axes.set(xlabel="step", ylabel=args.metric.replace("_", " "), title=f"runs/{args.run.name}")
 axes.grid(alpha=0.3)
 axes.legend()
-figure.savefig(out, dpi=110)
+figure.savefig(args.out, dpi=110)

@@ -1,124 +1,155 @@
-"""Checkpoints: a file is either whole or not there."""
+"""Checkpoints of train.py: a file is either complete or absent, even if the process dies while it writes."""
+
 import os
 import shutil
-import sys
+import zipfile
+from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from perceiver.config import Config, from_dict, to_dict
-from perceiver.distributed import Ranks
-from perceiver.errors import UserError
+from perceiver.config import Config, TrainConfig, from_dict, to_dict
+from perceiver.errors import UserError, reading, reason
+from perceiver.io import replacing, tell
+from perceiver.optim import learning_rate
+
+BEST, LAST = "checkpoints/best.pt", "checkpoints/last.pt"  # in a run folder
+
+# Keys of the model config that may change when a run is resumed, because the saved weights do not depend on them.
+FREE = {
+    "cross_attention_dropout",
+    "post_attention_dropout",
+    "residual_dropout",
+    "dropout",
+    "activation_checkpointing",
+    "init_scale",
+    "init_from",
+    "z_loss",
+}
+ADVICE = "choose another train.out_dir, or train.resume=never"
 
 
-def save(checkpoint: dict, path: Path) -> None:
-    """Writes beside `path`, flushes to the disk, renames: whenever the process dies, `path` is the old or the new."""
-    temporary = path.with_name(path.name + ".tmp")
+def save(checkpoint: dict, path: Path):
+    """Writes a checkpoint. If that fails, raises UserError and leaves an older file at `path` as it is."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise UserError(f"cannot save {path} ({error}); what was saved before is still there") from None
+        raise UserError(f"cannot save {path}: {reason(error)}") from None
 
 
-def link(source: Path, path: Path) -> None:
-    """Makes `path` a second name of `source`, in one step; a copy where the file system has no links."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def link(source: Path, path: Path):
+    """Makes `path` a hard link to `source`, or a copy if the file system has no links."""
+    with replacing(path) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> dict:
-    """A checkpoint of train.py: model, optimizer, step, config. Raises UserError if there is none or it is broken."""
-    try:
+    """A checkpoint: model, optimizer, step, best_loss, config, task. Raises UserError if it is missing or damaged."""
+    if not Path(path).exists():
+        raise UserError(f"checkpoint {path} does not exist")
+    with reading(f"checkpoint {path}"):
+        if not zipfile.is_zipfile(path):
+            raise UserError(f"{path} is damaged, or not a checkpoint of train.py")
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"checkpoint {path} does not exist") from None
-    except Exception as error:  # a damaged file can raise anything
-        reason = str(error).partition(". ")[0].partition("\n")[0] or type(error).__name__
-        raise UserError(f"checkpoint {path} cannot be read ({reason}); it is damaged or not a checkpoint") from None
     if not isinstance(checkpoint, dict) or not {"model", "optimizer", "step", "config"} <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of train.py: it lacks model, optimizer, step or config")
     return checkpoint
 
 
-def resume(config: Config, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks,
-           tasks: dict[str, type]) -> tuple[int, float]:
-    """Continues as train.resume says: fills model and optimizer; returns the step and the best validation loss so far.
+def resume_source(config: TrainConfig) -> Path | None:
+    """The checkpoint from which a run continues, as train.resume says. None if it starts anew."""
+    last = Path(config.out_dir, LAST)
+    if config.resume == "auto":
+        return last if last.exists() else None
+    return None if config.resume == "never" else Path(config.resume)
 
-    A run that starts afresh where another one lies moves that one aside: nothing saved is lost. Random generators are
-    no part of a checkpoint: train.py seeds them anew at every step, from the seed in the config, the step and the rank.
-    Raises UserError if the checkpoint is of another task, model, optimizer or, with train.resume=auto, other data.
+
+def resume(
+    source: Path,
+    config: Config,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    tasks: dict[str, type],
+) -> tuple[int, float, str]:
+    """Loads `model` and `optimizer`. Returns the step, the best validation loss, and a note for the user.
+
+    The optimizer keeps its options (lr, weight decay) from `config`. Raises UserError if the checkpoint is from another
+    task, model or optimizer, or, with train.resume=auto, from other data. A checkpoint holds no state of random
+    generators, because train.py seeds them at every step.
     """
-    folder, choice = Path(config.train.out_dir), config.train.resume
-    last = folder / "checkpoints" / "last.pt"
-    source = {"auto": last if last.exists() else None, "never": None}.get(choice, Path(choice))
-    saved = None if source is None else load(source, ranks.device)
-    if saved is not None:
-        check_resumable(to_dict(from_dict(saved["config"], tasks)), to_dict(config), source, choice)
-        current, old = optimizer.state_dict(), saved["optimizer"]
-        for new_group, old_group in zip(current["param_groups"], old["param_groups"]):  # the config's options count
-            old_group.update({name: value for name, value in new_group.items() if name not in ("params", "step")})
-        try:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(old)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise UserError(f"{source} does not fit the model ({str(error).splitlines()[0]}); {ELSEWHERE}") from None
-
-    ranks.any(False)  # all have looked before anything is moved
-    if last.exists() and (source is None or source.resolve().parent != last.resolve().parent) and ranks.is_main:
-        aside = next(path for n in range(1, 10**6) if not (path := folder.with_name(f"{folder.name}.{n}")).exists())
-        folder.rename(aside)
-        print(f"the earlier run in {folder} is now in {aside}", file=sys.stderr)
-    return (0, float("inf")) if saved is None else (saved["step"], saved["best_loss"])
+    saved = load(source, device)
+    old = from_dict(saved["config"], tasks)
+    check_resumable(to_dict(old), to_dict(config), source)
+    options = [dict(group) for group in optimizer.param_groups]
+    try:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"{source} does not fit the model ({reason(error)}); {ADVICE}") from None
+    for group, values in zip(optimizer.param_groups, options):
+        for name in values.keys() - {"params", "step"}:
+            group[name] = values[name]
+    step = saved["step"]
+    return step, saved["best_loss"], resume_note(step, old, config)
 
 
-# What of a model may change from one part of a run to the next: nothing that its weights depend on.
-FREE = {"cross_attention_dropout", "post_attention_dropout", "residual_dropout", "dropout", "activation_checkpointing",
-        "init_scale", "init_from", "z_loss"}
-ELSEWHERE = "choose another train.out_dir, or train.resume=never"
+def resume_note(step: int, old: Config, new: Config) -> str:
+    """The note of `resume`. It tells if the learning rate jumps because the config changed."""
+    if step >= new.train.max_steps:
+        return f"nothing to train: the run is at step {step}, and train.max_steps={new.train.max_steps}"
+    before, now = (learning_rate(step, config.train.max_steps, config.optim) for config in (old, new))
+    note = f"resumed at step {step}"
+    if now != before:
+        note += f"; the learning rate is now {now:.3g} instead of {before:.3g}: train.max_steps or optim changed"
+    return note
 
 
-def check_resumable(old: dict, new: dict, source: Path, choice: str) -> None:
-    """Raises UserError for what a run cannot be continued with: plain configs, of the checkpoint and of now."""
+def check_resumable(old: dict, new: dict, source: Path):
+    """Raises UserError if a run with config `new` cannot continue from a checkpoint with config `old`."""
     if old["task"] != new["task"]:
-        raise UserError(f"{source} is a checkpoint of task {old['task']}, not {new['task']}; {ELSEWHERE}")
+        raise UserError(f"{source} is a checkpoint of task {old['task']}, not {new['task']}; {ADVICE}")
     changed = differences(old["model"], new["model"], "model")
-    changed += differences({"name": old["optim"]["name"]}, {"name": new["optim"]["name"]}, "optim")
+    changed += differences(old["optim"], new["optim"], "optim", ["name"])
     if changed:
-        raise UserError(f"{source} does not fit: {', '.join(changed)}; {ELSEWHERE}")
-    where = [{name: config["data"].get(name) for name in ("dataset", "path", "tokenizer")} for config in (old, new)]
-    if choice == "auto" and (changed := differences(*where, "data")):
-        raise UserError(f"{source} does not fit: {', '.join(changed)}; {ELSEWHERE}, or train.resume={source} to go on "
-                        "with this data")
+        raise UserError(f"{source} does not fit: {', '.join(changed)}; {ADVICE}")
+    changed = differences(old["data"], new["data"], "data", ["dataset", "path", "tokenizer"])
+    if changed and new["train"]["resume"] == "auto":
+        raise UserError(
+            f"{source} does not fit: {', '.join(changed)}; {ADVICE}, or train.resume={source} to continue "
+            "with the new data"
+        )
 
 
-def differences(old: dict, new: dict, prefix: str) -> list[str]:
-    """What differs in nested dicts, but for FREE keys: "section.key was A, is B"."""
-    found = []
-    for name in new:
-        a, b = old.get(name), new[name]
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}.{name}")
-        elif a != b and name not in FREE:
-            found.append(f"{prefix}.{name} was {a}, is {b}")
-    return found
+def differences(old: dict, new: dict, section: str, names: Iterable[str] = ()) -> list[str]:
+    """The differences of two nested dicts, as "section.key was A, is B". Compares `names`; by default all but FREE."""
+    changed = []
+    for name in names or [name for name in new if name not in FREE]:
+        before, now = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            changed += differences(before, now, f"{section}.{name}")
+        elif before != now:
+            changed.append(f"{section}.{name} was {before}, is {now}")
+    return changed
+
+
+def move_aside(folder: Path, source: Path | None):
+    """Renames the folder of an earlier run, so that its files are not lost, unless the new run continues it.
+
+    `source` is the checkpoint from which the new run continues, or None.
+    """
+    last = folder / LAST
+    goes_on = source is not None and source.resolve().parent == last.parent.resolve()
+    if goes_on or not last.exists():
+        return
+    candidates = (folder.with_name(f"{folder.name}.{number}") for number in count(1))
+    free = next(path for path in candidates if not path.exists())
+    folder.rename(free)
+    tell(f"the earlier run in {folder} is now in {free}")

@@ -1,4 +1,5 @@
-"""Processes: one a GPU (or several on a CPU), started by torchrun; without torchrun, one process."""
+"""Processes: torchrun starts one for each GPU, or several on a CPU. Without torchrun there is one process."""
+
 import os
 import signal
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from perceiver.errors import UserError
 
 @dataclass
 class Ranks:
-    """This process among those of the run."""
+    """The rank of this process, the number of processes, and the device of this process."""
+
     rank: int
     world_size: int
     device: torch.device
@@ -24,7 +26,7 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Numbers by name, added up over the ranks."""
+        """Sums scalars over the ranks, by name."""
         if self.world_size == 1:
             return sums
         values = torch.stack(list(sums.values()))
@@ -32,75 +34,95 @@ class Ranks:
         return dict(zip(sums, values))
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so; all wait for all. Goes over the CPU: it doesn't wait for the GPU's queue."""
-        return self.sum({"flag": torch.tensor(int(flag))})["flag"].item() > 0
+        """Whether `flag` is true on any rank. The ranks exchange it on the CPU, without waiting for the GPU."""
+        return bool(self.sum({"flag": torch.tensor(int(flag))})["flag"])
+
+    def barrier(self):
+        """Waits until all ranks have called it."""
+        self.any(False)
 
     def main_first(self, work: Callable):
-        """What `work` returns, on every rank; the others begin when the first is done."""
+        """Calls `work` on every rank and returns its result. The other ranks start when the main rank is done."""
         if not self.is_main:
-            self.any(False)
+            self.barrier()
         result = work()
         if self.is_main:
-            self.any(False)
+            self.barrier()
         return result
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as it's called in training, with gradients averaged over the ranks."""
+        """The model for training steps. Its backward pass averages gradients over the ranks."""
         if self.world_size == 1:
             return model
-        devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def init_ranks(device: str) -> Ranks:
-    """Joins the processes torchrun started; `device` is auto, cpu or cuda. Raises UserError without a GPU to use."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def find_device(name: str) -> torch.device:
+    """The device of this process; `name` is auto, cuda or cpu. Raises UserError if a GPU is missing."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: PyTorch finds no CUDA GPU; use device cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    gpus = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
-    if device == "cuda" and not gpus:
-        raise UserError("device cuda: PyTorch sees no CUDA GPU here; use device cpu or auto")
-    if gpus and local_rank >= gpus:
-        raise UserError(f"process {local_rank} of this machine has no GPU, there are {gpus}; "
-                        f"start torchrun with --nproc-per-node {gpus}")
-    where = torch.device("cuda", local_rank) if gpus else torch.device("cpu")
-    if gpus:
-        torch.cuda.set_device(where)
+    if local_rank >= gpus:
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU, because there are only {gpus}; "
+            f"start torchrun with --nproc-per-node {gpus}"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def uses_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to compute in bf16: `precision` is bf16, or it is auto and the device is a GPU with bf16."""
+    if precision == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision == "bf16"
+
+
+def init_ranks(device_name: str) -> Ranks:
+    """Joins the processes that torchrun started. Raises UserError like `find_device`."""
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = find_device(device_name)
     if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-    return Ranks(rank, world_size, where)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Ranks(rank, world_size, device)
 
 
-def close() -> None:
+def close():
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def sync_gradients(model: nn.Module, on: bool) -> None:
-    """Whether the next forward and backward of a wrapped model exchange gradients."""
+def sync_gradients(model: nn.Module, enabled: bool):
+    """Turns the exchange of gradients between ranks on or off for the next forward and backward pass."""
     if isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = on
+        model.require_backward_grad_sync = enabled
 
 
-def add(totals: dict[str, Tensor], sums: dict[str, Tensor]) -> None:
-    """Adds sums to totals by name, in float64."""
+def add(totals: dict[str, Tensor], sums: dict[str, Tensor]):
+    """Adds `sums` to `totals` by name, in float64."""
     for name, value in sums.items():
         totals[name] = totals.get(name, 0) + value.detach().double()
 
 
-def floats(sums: dict[str, Tensor]) -> dict[str, float]:
-    """Numbers for the host, fetched from the device at once."""
+def to_floats(sums: dict[str, Tensor]) -> dict[str, float]:
+    """Copies scalars from the device to the host in one transfer."""
     return dict(zip(sums, torch.stack(list(sums.values())).tolist()))
 
 
 class StopSignal:
-    """SIGTERM or Ctrl-C, noted: the loop ends after the step it is in."""
+    """Remembers SIGTERM or Ctrl-C, so that the training loop can save a checkpoint and end."""
 
     def __init__(self):
         self.received = 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.receive)
 
-    def receive(self, number: int, frame) -> None:
+    def receive(self, number: int, frame):
         self.received = number
 
     @property

@@ -1,19 +1,40 @@
-"""How the scripts end."""
+"""Errors for the user: a mistake in the input becomes one line and exit code 2, never a traceback."""
+
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """A mistake in the user's input: the scripts print it as one line and exit with code 2."""
+    """A mistake in the user's input. The scripts print it as one line and exit with code 2."""
 
     def __init__(self, message: str):
-        # One from a DataLoader's worker comes as "Caught UserError in ...", a traceback, and the message at its end.
+        # A DataLoader raises a worker's UserError again. Its message is a traceback, then the original message.
         super().__init__(message.rstrip().rpartition("\nperceiver.errors.UserError: ")[2])
 
 
-def run_script(main: Callable[[], int | None]) -> None:
-    """Runs a script's main, whose result is the exit code, and exits; mistakes of the user's leave no traceback."""
+@contextmanager
+def reading(file) -> Iterator[None]:
+    """Turns any exception in the block into a UserError, which says that `file` cannot be read, and why."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # decoders raise all kinds of exceptions on a broken file
+        raise UserError(f"cannot read {file}: {reason(error)}") from None
+
+
+def reason(error: Exception) -> str:
+    """The message of an exception in one line."""
+    if isinstance(error, EOFError):
+        return "it ends too early"
+    message = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return message or type(error).__name__
+
+
+def run_script(main: Callable[[], int | None]):
+    """Runs the `main` of a script and exits with the code that it returns, or with the code of its exception."""
     try:
         code = main() or 0
     except UserError as error:
@@ -21,10 +42,11 @@ def run_script(main: Callable[[], int | None]) -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # the reader of the output has seen enough
+    except BrokenPipeError:  # the reader of stdout closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except OSError as error:  # a folder that cannot be written, a full disk
-        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:  # for example a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{reason(error)}", file=sys.stderr)
         code = 2
     sys.exit(code)

@@ -1,4 +1,5 @@
-"""Optimizers with their parameter groups, and learning-rate schedules."""
+"""Optimizers with their parameter groups, learning-rate schedules, and gradient clipping."""
+
 import math
 from collections.abc import Iterable
 
@@ -9,85 +10,95 @@ from perceiver.config import OptimConfig
 
 
 class Lamb(torch.optim.Optimizer):
-    """LAMB (arXiv 1904.00962) as Perceiver IO's recipes have it, from optax (DeepMind's train/utils.py).
+    """LAMB (arXiv 1904.00962, algorithm 2) as in optax, which Perceiver IO's recipes use (DeepMind's train/utils.py).
 
-    Adam's update with bias correction, plus decay, scaled for each tensor to the norm of the parameters. Biases and
-    norms too get that trust ratio; build_optimizer only spares them the decay. It is 1 where either norm is 0, as of
-    biases in the first step, and has no bounds.
+    Adam's update with bias correction, plus weight decay, times a trust ratio: the norm of the parameter tensor over
+    the norm of its update. The ratio has no bounds. It is 1 if one norm is 0, as for zero biases in the first step.
     """
 
-    def __init__(self, params, lr: float, betas: tuple[float, ...] = (0.9, 0.999), eps: float = 1e-6,
-                 weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
+    def __init__(self, params, lr: float, betas: tuple[float, float], eps: float):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "step": 0})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self):
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            grads = [p.grad for p in params]
-            means = [self.state[p]["exp_avg"] for p in params]
-            squares = [self.state[p]["exp_avg_sq"] for p in params]
             group["step"] += 1
-            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, group)
 
-            torch._foreach_lerp_(means, grads, 1 - beta1)
-            torch._foreach_mul_(squares, beta2)
-            torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
-            updates = torch._foreach_div(means, 1 - beta1 ** group["step"])
-            roots = torch._foreach_div(squares, 1 - beta2 ** group["step"])
-            torch._foreach_sqrt_(roots)
-            torch._foreach_add_(roots, group["eps"])
-            torch._foreach_div_(updates, roots)
-            torch._foreach_add_(updates, params, alpha=group["weight_decay"])
-            norms = zip(torch._foreach_norm(params), torch._foreach_norm(updates))
-            torch._foreach_mul_(updates, [torch.where((p > 0) & (u > 0), p / u, 1.0) for p, u in norms])
-            torch._foreach_add_(params, updates, alpha=-group["lr"])
+    def update(self, p: nn.Parameter, group: dict):
+        """Updates one parameter tensor in place."""
+        state = self.state[p]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(p)
+            state["exp_avg_sq"] = torch.zeros_like(p)
+        mean = state["exp_avg"]
+        mean_square = state["exp_avg_sq"]
+        beta1, beta2 = group["betas"]
+        mean.lerp_(p.grad, 1 - beta1)
+        mean_square.mul_(beta2)
+        mean_square.addcmul_(p.grad, p.grad, value=1 - beta2)
+
+        bias_correction1 = 1 - beta1 ** group["step"]
+        bias_correction2 = 1 - beta2 ** group["step"]
+        root = (mean_square / bias_correction2).sqrt()
+        update = mean / bias_correction1 / (root + group["eps"])
+        update.add_(p, alpha=group["weight_decay"])
+        norm = p.norm()
+        update_norm = update.norm()
+        both = (norm > 0) & (update_norm > 0)
+        trust_ratio = torch.where(both, norm / update_norm, 1.0)
+        p.add_(update * trust_ratio, alpha=-group["lr"])
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Decays matrices (weights, embeddings, latents, position tables) and leaves biases and norms alone, as DeepMind's
-    ImageNet recipe does. Parameters that do not require gradients stay out."""
+    """The optimizer for the parameters that require gradients.
+
+    Weight decay applies to tensors of two or more dimensions (weights, embeddings, latents, positions), not to biases
+    and norms, as in DeepMind's ImageNet recipe.
+    """
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
     ]
     if config.name == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
-    adam = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+        return torch.optim.SGD(groups, config.lr, config.momentum, fused=True)
+    options = config.lr, config.betas, config.eps
     if config.name == "lamb":
-        return Lamb(groups, **adam)
-    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name](groups, **adam, fused=True)
+        return Lamb(groups, *options)
+    if config.name == "adam":
+        return torch.optim.Adam(groups, *options, fused=True)
+    return torch.optim.AdamW(groups, *options, fused=True)
 
 
 def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
-    """Of step 0, 1, ...: linear warm-up, then `config.schedule`, whose end value stays from there on.
-
-    A cosine is half of one, from lr down to min_lr_fraction.
-    """
-    end = config.decay_steps or max_steps
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+    """The learning rate of step 0, 1, ...: a linear warm-up, then `config.schedule`, then its last value."""
+    warmup = config.warmup_steps
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
     if config.schedule == "constant":
         return config.lr
+    end = config.decay_steps or max_steps
     if config.schedule == "step":
-        return config.lr * config.step_factor ** sum(step >= at * end for at in config.step_at)
-    start = config.warmup_steps if config.schedule == "cosine" else max(config.warmup_steps, end / 2)
-    progress = min(1.0, max(0.0, (step - start) / max(1, end - start)))
-    cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return config.lr * (config.min_lr_fraction + (1 - config.min_lr_fraction) * cosine)
+        passed = sum(step >= milestone * end for milestone in config.milestones)
+        return config.lr * 0.1**passed
+    start = warmup
+    if config.schedule == "constant_cosine":
+        start = max(warmup, end / 2)
+    progress = (step - start) / max(1, end - start)
+    progress = min(1.0, max(0.0, progress))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))  # from 1 down to 0
+    final = config.min_lr_fraction
+    return config.lr * (final + (1 - final) * cosine)
 
 
 @torch.no_grad()
 def scale_and_clip(params: Iterable[nn.Parameter], scale: Tensor, max_norm: float | None) -> Tensor:
-    """Multiplies all gradients by `scale` and clips their norm to `max_norm`; returns the norm before clipping.
+    """Multiplies all gradients by `scale`, then clips their norm to `max_norm`. Returns the norm before clipping.
 
-    One pass over the gradients, on the device: the host does not wait.
+    One multiplication does both. Everything runs on the device: the host does not wait.
     """
     grads = [p.grad for p in params if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads) * scale

@@ -1,230 +1,294 @@
-"""Pictures of what a model looks at, the first cross-attention of an encoder over an image or a text; of what it makes.
+"""Pictures for TensorBoard and PNG files: tensors (3, H, W) of uint8.
 
-Attention is recomputed for them; neither training nor inference ever has it in memory. A picture is a tensor (3, H, W)
-of uint8, as TensorBoard and PNG take it.
+A picture of attention shows the first cross-attention of an encoder over an image or a text. It computes the attention
+weights again, because a forward pass does not keep them. The model must be in evaluation mode.
 """
+
 import math
-from collections.abc import Iterator
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as TF
+from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype, to_pil_image
 from torchvision.utils import flow_to_image, make_grid
 
-from perceiver.data import ByteTokenizer, Note
+from perceiver.data import ByteTokenizer
 
-# From no attention to the most: white, amber, orange, red.
-RAMP = torch.tensor([[255, 255, 255], [255, 226, 138], [252, 141, 60], [222, 45, 38]]) / 255
-MARGIN, CAPTION, COLUMNS = 16, 30, 5  # pixels around parts, pixels of the line above them; tiles in a row
+MARGIN = 16  # pixels around tiles
+CAPTION = 30  # height of a caption
+RED = torch.tensor([222.0, 45.0, 38.0])
+
+
+def enlarge(images, size):
+    """Images (..., H, W), floats in [0, 1] or uint8, as uint8. Repeats pixels until the longer side reaches `size`."""
+    images = to_dtype(images, torch.uint8, scale=True)
+    longer = max(images.shape[-2:])
+    scale = math.ceil(size / longer)
+    images = images.repeat_interleave(scale, -2)
+    return images.repeat_interleave(scale, -1)
+
+
+def blank(size, font_size):
+    """A white image of `size` (width, height), and its ImageDraw."""
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.font = ImageFont.load_default(font_size)
+    return canvas, draw
+
+
+def captioned(tiles, captions, columns):
+    """A grid of tiles (1 or 3, H, W) of uint8, all of one size, each below its caption; `columns` tiles in a row."""
+    _, height, width = tiles[0].shape
+    size = (width + MARGIN, CAPTION + height + MARGIN)
+    cells = []
+    for tile, caption in zip(tiles, captions):
+        cell, draw = blank(size, font_size=16)
+        draw.text((0, 0), caption, "black")
+        cell.paste(to_pil_image(tile), (0, CAPTION))
+        cells.append(pil_to_tensor(cell))
+    grid = make_grid(cells, columns, padding=0, pad_value=255)
+    return F.pad(grid, (MARGIN, 0, MARGIN, 0), value=255)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention
 
 
-def attention(model: nn.Module, inputs: Tensor, latents: list[int] | None = None) -> tuple[list[int], Tensor]:
-    """Where latents of a Perceiver or PerceiverIO look in one example's `inputs`, without a batch dimension: their
-    numbers, and their attention (number of latents, M), the mean over heads. Default: the four most focused ones."""
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        x = model.input_adapter(inputs[None].to(model.encoder.latents.weight.device))  # (1, M, C)
-        latents = most_focused(model.encoder, x) if latents is None else latents
-        weights = model.encoder.attention_map(x, latents)[0].mean(0)  # (number of latents, M)
-    model.train(training)
-    return latents, weights.cpu()
+def attention(model, inputs, latents=None):
+    """The attention weights (M,) of some latents over one example, averaged over heads: a dict by latent.
+
+    `model` is a Perceiver or PerceiverIO. `inputs` have no batch dimension. `latents` are indices; default: the four
+    most focused latents.
+    """
+    inputs = inputs.to(model.encoder.latents.weight.device)
+    x = model.input_adapter(inputs[None])  # (1, M, C)
+    weights = model.encoder.attention_map(x)  # (1, H, N, M)
+    weights = weights[0].mean(0).cpu()
+    latents = latents or most_focused(weights)
+    return {latent: weights[latent] for latent in latents}
 
 
-def most_focused(encoder: nn.Module, x: Tensor, count: int = 4) -> list[int]:
-    """The latents whose attention to x (1, M, C) has the lowest entropy, lowest first. Of those that look most at the
-    same input, only the first is taken, as long as there are others."""
-    entropies, peaks = [], []
-    for part in torch.arange(len(encoder.latents.weight), device=x.device).split(64):  # not all N x M at once
-        weights = encoder.attention_map(x, part)[0].mean(0)  # (64, M)
-        entropies += torch.special.entr(weights).sum(-1).tolist()
-        peaks += weights.argmax(-1).tolist()
-    order = sorted(range(len(entropies)), key=entropies.__getitem__)
-    first, others, seen = [], [], set()
+def most_focused(weights, count=4):
+    """The `count` latents whose attention `weights` (N, M) have the lowest entropy, lowest first.
+
+    If several latents have the same strongest input, only the first of them keeps its place; the others go to the end,
+    because their pictures look alike.
+    """
+    entropies = torch.special.entr(weights).sum(-1)
+    order = entropies.argsort(stable=True).tolist()
+    strongest = weights.argmax(-1).tolist()
+    distinct = {}  # the first latent of each strongest input
     for latent in order:
-        (others if peaks[latent] in seen else first).append(latent)
-        seen.add(peaks[latent])
-    return (first + others)[:count]
+        distinct.setdefault(strongest[latent], latent)
+    latents = dict.fromkeys([*distinct.values(), *order])
+    return list(latents)[:count]
+
+
+def heat(weights):
+    """The attention `weights` (M,) of a latent as strengths (M,) of a color, in [0, 1].
+
+    Uniform attention, 1 / M, and less have strength 0. The largest weight has strength 1 if it is at least 10 times
+    uniform (M times, if M is below 10). Otherwise it is paler, so untrained latents stay pale.
+    """
+    ratio = weights * len(weights)
+    full = max(ratio.max(), min(10, len(weights)), 2)  # 2: no division by zero if M is 1
+    strength = (ratio - 1) / (full - 1)
+    return strength.clamp(0, 1)
+
+
+def attention_captions(maps):
+    captions = []
+    for latent, weights in maps.items():
+        peak = weights.max() * len(weights)
+        captions.append(f"latent {latent}: at most {peak:.3g}x uniform")
+    return captions
+
+
+def over_image(model, image, normalize, latents=None):
+    """A picture of the attention of latents over an image (C, H, W), normalized by `normalize`."""
+    std = torch.tensor(normalize.std)[:, None, None]
+    mean = torch.tensor(normalize.mean)[:, None, None]
+    original = image.cpu() * std + mean
+    maps = attention(model, image, latents)
+    grid = model.input_adapter.positions.grid
+    return draw_attention_over_image(original.clamp(0, 1), maps, grid)
+
+
+def draw_attention_over_image(image, maps, grid):
+    """A picture of an image (1 or 3, H, W) in [0, 1], and for each latent a heat map over the image.
+
+    `maps` holds the attention (M,) of each latent. The M inputs lie on `grid`, rows and columns that cover the image.
+    """
+    image = enlarge(image, 320)
+    gray = 25 + 0.6 * image.float().mean(0)  # (H, W)
+    red = RED[:, None, None]
+    tiles = [image]
+    for weights in maps.values():
+        strength = heat(weights).view(1, 1, *grid)
+        strength = F.interpolate(strength, gray.shape, mode="nearest-exact")
+        tile = torch.lerp(gray, red, strength[0])  # (3, H, W)
+        tiles.append(tile.byte())
+    return captioned(tiles, ["input", *attention_captions(maps)], columns=5)
+
+
+# Pictures of texts: sizes in pixels
+FONT_SIZE = 22
+LINE_HEIGHT = 32
+LINE_WIDTH = 1248
+BLANKS = {"\n": "  ", "\t": "    "}  # drawn instead of these characters
+
+
+def over_text(model, input_ids, latents=None):
+    """A picture of the attention of latents over a text: byte tokens (M,) without padding."""
+    maps = attention(model, input_ids, latents)
+    return draw_attention_over_text(input_ids.tolist(), maps)
+
+
+def draw_attention_over_text(input_ids, maps):
+    """A picture with the text of M byte tokens, once for each latent of `maps`. The background shows the attention.
+
+    A character of several bytes has one stripe per byte. A masked byte is drawn as _, a line break as a blank.
+    """
+    boxes = list(layout(input_ids))
+    right = max(x + width for x, _, width, _ in boxes)
+    bottom = boxes[-1][1] + LINE_HEIGHT
+    size = (max(368, right), bottom)
+    tiles = []
+    for weights in maps.values():
+        colors = 255 + heat(weights)[:, None] * (RED - 255)  # (M, 3)
+        canvas, draw = blank(size, FONT_SIZE)
+        for (x, y, width, _), color in zip(boxes, colors.int().tolist()):
+            corner = (x + width - 1, y + LINE_HEIGHT - 3)
+            draw.rectangle((x, y, *corner), tuple(color))
+        for x, y, _, text in boxes:
+            draw.text((x, y + 1), text, "black")
+        tiles.append(pil_to_tensor(canvas))
+    return captioned(tiles, attention_captions(maps), columns=1)
+
+
+def layout(input_ids):
+    """Yields x, y, width and text of each byte token. The text is "" after the first byte of a character."""
+    font = ImageFont.load_default(FONT_SIZE)
+    x = 0
+    y = 0
+    for text, num_bytes in characters(input_ids):
+        width = font.getlength(text) / num_bytes
+        width = math.ceil(width) + 1
+        ends_line = text == BLANKS["\n"]
+        if x + num_bytes * width > LINE_WIDTH and not ends_line:
+            x = 0
+            y += LINE_HEIGHT
+        for number in range(num_bytes):
+            yield x, y, width, text if number == 0 else ""
+            x += width
+        if ends_line:
+            x = 0
+            y += LINE_HEIGHT
+
+
+def characters(input_ids):
+    """Yields the text to draw for each character of byte tokens, and the number of its tokens."""
+    offset = ByteTokenizer.OFFSET
+    data = bytes(token - offset if token >= offset else ord("_") for token in input_ids)
+    for character in data.decode("utf-8", "surrogateescape"):
+        encoded = character.encode("utf-8", "surrogateescape")
+        if not character.isprintable():
+            character = BLANKS.get(character, "\ufffd")
+        yield character, len(encoded)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Over an image
+# Images, videos, optical flow
 
 
-def over_image(model: nn.Module, image: Tensor, mean: tuple[float, ...], std: tuple[float, ...],
-               latents: list[int] | None = None) -> Tensor:
-    """The attention of latents over an image (C, H, W) that was normalised with `mean` and `std`."""
-    latents, weights = attention(model, image, latents)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    return image_tiles((image.cpu() * std + mean).clamp(0, 1), weights.unflatten(1, model.input_adapter.positions.grid),
-                       latents)
+def completions(images, samples):
+    """Rows of images (n, C, H, W) of uint8: the originals, their upper halves, and K `samples` (K, n, C, H, W)."""
+    half = images.shape[2] // 2
+    given = images.clone()
+    given[:, :, half:] = 128
+    rows = torch.stack((images, given, *samples))  # (2 + K, n, C, H, W)
+    rows = enlarge(rows, 96)
+    rows = F.pad(rows, (0, 4), value=255)  # a gap after each image
+    rows = rows.movedim(1, 3).flatten(3)  # (2 + K, C, H, n * W)
+    captions = ["original", "upper half"]
+    captions += [f"sample {number + 1}" for number in range(len(samples))]
+    return captioned(rows, captions, columns=1)
 
 
-def image_tiles(image: Tensor, weights: Tensor, latents: list[int]) -> Tensor:
-    """An image (1 or 3, H, W) in [0, 1], then for each of K latents the image in grey under a heat map of its `weights`
-    (K, h, w), each in its own scale. Small images are enlarged."""
-    scale = math.ceil(320 / max(image.shape[1:]))
-    image = image.expand(3, -1, -1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)  # pixels stay pixels
-    grey = 0.1 + 0.6 * image.mean(0).expand(3, -1, -1)
-    tiles = [("input", image)]
-    for latent, weight in zip(latents, weights):
-        heat = F.interpolate((weight / weight.max())[None, None], image.shape[1:], mode="nearest-exact")[0, 0]  # (H, W)
-        tiles.append((caption(latent, weight), torch.lerp(grey, ramp((1 + 2 * heat) / 3).movedim(-1, 0), heat.sqrt())))
-
-    font = ImageFont.load_default(20)
-    (height, width), columns = image.shape[1:], min(len(tiles), COLUMNS)
-    step_x, step_y = width + MARGIN, height + CAPTION + MARGIN
-    canvas = Image.new("RGB", (MARGIN + columns * step_x, MARGIN + -(-len(tiles) // columns) * step_y), "white")
-    for i, (name, tile) in enumerate(tiles):
-        x, y = MARGIN + i % columns * step_x, MARGIN + i // columns * step_y
-        ImageDraw.Draw(canvas).text((x, y), name, "black", font)
-        canvas.paste(TF.to_pil_image(tile), (x, y + CAPTION))
-    return TF.pil_to_tensor(canvas)
+def contact_sheet(*clips):
+    """A row of at most 8 frames for each clip (T, 3, H, W) in [0, 1]."""
+    step = math.ceil(len(clips[0]) / 8)
+    rows = [clip[::step] for clip in clips]
+    frames = enlarge(torch.cat(rows), 96)
+    return make_grid(frames, len(rows[0]), padding=4, pad_value=255)
 
 
-def caption(latent: int, weight: Tensor) -> str:
-    return f"latent {latent}, at most {100 * weight.max():.2g}%"
+def flow_rows(frames, *flows, titles):
+    """A row for each of the frames (B, 3, H, W) in [-1, 1]: the frame, then its flows (B, H, W, 2), one for each title.
 
-
-def ramp(weights: Tensor) -> Tensor:
-    """Colours (..., 3) in [0, 1] of weights (...) in [0, 1]."""
-    place = weights.clamp(0, 1) * (len(RAMP) - 1)
-    below = place.long().clamp(max=len(RAMP) - 2)
-    return torch.lerp(RAMP[below], RAMP[below + 1], (place - below)[..., None])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Over a text
-
-
-def over_text(model: nn.Module, input_ids: Tensor, latents: list[int] | None = None) -> Tensor:
-    """The attention of latents over a text, byte tokens (M,) without padding."""
-    latents, weights = attention(model, input_ids, latents)
-    return text_blocks(input_ids.tolist(), weights, latents)
-
-
-def text_blocks(input_ids: list[int], weights: Tensor, latents: list[int]) -> Tensor:
-    """For each of K latents the text of M byte tokens on a background that shows its `weights` (K, M), each in its own
-    scale. A character of several bytes has as many stripes, a masked byte is a _, a line's end an empty cell."""
-    line_height, max_width = 32, 1280
-    font, small = ImageFont.load_default(22), ImageFont.load_default(20)
-    cells, x, y = [], MARGIN, CAPTION  # of characters: (text, number of tokens, x, y, width)
-    for text, count in characters(input_ids):
-        width = math.ceil(font.getlength(text)) + 1
-        if x + width > max_width - MARGIN and text != LINE_END:
-            x, y = MARGIN, y + line_height
-        cells.append((text, count, x, y, width))
-        x, y = (MARGIN, y + line_height) if text == LINE_END else (x + width, y)
-    width = max(400, MARGIN + max(x + width for _, _, x, _, width in cells))
-    step = max(y for _, _, _, y, _ in cells) + line_height + MARGIN
-    canvas = Image.new("RGB", (width, MARGIN + len(latents) * step), "white")
-    draw = ImageDraw.Draw(canvas)
-    for block, (latent, weight) in enumerate(zip(latents, weights)):
-        top = MARGIN + block * step
-        draw.text((MARGIN, top), caption(latent, weight), "black", small)
-        colours = iter((255 * ramp(weight / weight.max())).round().int().tolist())
-        for text, count, x, y, width in cells:
-            for i in range(count):
-                left, right = x + i * width // count, x + (i + 1) * width // count - 1
-                draw.rectangle((left, top + y, right, top + y + line_height - 3), tuple(next(colours)))
-            draw.text((x, top + y + 1), text, "black", font)
-    return TF.pil_to_tensor(canvas)
-
-
-LINE_END = "  "
-BLANKS = {"\n": LINE_END, "\t": "    "}
-
-
-def characters(input_ids: list[int]) -> Iterator[tuple[str, int]]:
-    """What to draw for byte tokens, character by character, with the number of tokens that each stands for."""
-    tokenizer = ByteTokenizer()
-    for special, run in groupby(input_ids, lambda token: token < tokenizer.OFFSET):
-        if special:
-            yield from (("_", 1) for _ in run)
-            continue
-        text = bytes(token - tokenizer.OFFSET for token in run).decode("utf-8", "surrogateescape")
-        for character in text:
-            shown = character if character.isprintable() else BLANKS.get(character, "\ufffd")
-            yield shown, len(character.encode("utf-8", "surrogateescape"))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Videos
-
-
-def enlarged(frames: Tensor, size: int) -> Tensor:
-    """Frames (T, 3, H, W) in [0, 1] as uint8, their pixels repeated if the longer side has fewer than `size`."""
-    scale = math.ceil(size / max(frames.shape[2:]))
-    return (255 * frames).round().byte().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-
-
-def contact_sheet(*clips: Tensor) -> Tensor:
-    """A row of at most 8 frames for each of the clips (T, 3, H, W) in [0, 1]."""
-    some = torch.linspace(0, len(clips[0]) - 1, min(8, len(clips[0]))).round().long()
-    frames = enlarged(torch.cat([clip[some] for clip in clips]), 96)
-    return make_grid(frames, nrow=len(some), padding=MARGIN // 4, pad_value=255)
+    The hue is the direction of the motion, and the saturation is its length. All flows of a row share one
+    scale. The captions give the longest motion.
+    """
+    tiles = []
+    captions = []
+    for frame, *fields in zip(frames, *flows):
+        fields = torch.stack(fields).float()
+        colors = flow_to_image(fields.movedim(-1, 1))  # scaled by the longest motion of all fields
+        tiles += [enlarge(image, 240) for image in ((frame + 1) / 2, *colors)]
+        captions.append("frame")
+        for title, field in zip(titles, fields):
+            longest = field.norm(dim=-1).max()
+            captions.append(f"{title}: up to {longest:.1f} pixels")
+    return captioned(tiles, captions, columns=1 + len(flows))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Music
 
-GIVEN, NEW = (52, 101, 164), (222, 45, 38)  # blue, red
+# Blue and red; {} is the lightness
+PROMPT = "hsl(214, 60%, {}%)"
+CONTINUATION = "hsl(2, 60%, {}%)"
 
 
-def piano_roll(notes: list[Note], num_given: int, max_width: int = 1280) -> Tensor:
-    """Notes over time, the first `num_given` of them in blue, the others in red, loud ones darker. A row is a semitone,
-    grey for the black keys, a line a second; every C has its name."""
-    left, height = 40, 8  # of the names, of a row
-    lowest, highest = (edge(note.pitch for note in notes) for edge in (min, max))
+def piano_roll(notes, num_given):
+    """A picture of notes over time. The first `num_given` notes, the prompt, are blue; the continuation is red.
+
+    A note has `onset` and `end` in seconds, and `pitch` and `velocity` as in MIDI. Louder notes are darker. A row is a
+    semitone; the rows of black keys are gray, and each C has a label.
+    """
+    left = 40  # pixels, for the labels
+    top = 20  # for the legend
+    row_height = 8
     seconds = max(note.end for note in notes)
-    scale = min(64, (max_width - left) / seconds)  # pixels of a second
-    width, rows = left + math.ceil(seconds * scale), range(highest + 2, lowest - 3, -1)
-    canvas = Image.new("RGB", (width, len(rows) * height), "white")
-    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
-    for y, pitch in enumerate(rows):
-        if pitch % 12 in (1, 3, 6, 8, 10):
-            draw.rectangle((left, y * height, width, (y + 1) * height - 1), (240, 240, 240))
-        elif pitch % 12 == 0:
-            draw.text((4, y * height - 4), f"C{pitch // 12 - 1}", "black", font)
-    for second in range(math.ceil(seconds)):
-        draw.line((left + second * scale, 0, left + second * scale, canvas.height), (220, 220, 220))
+    scale = min(64, 1240 / seconds)  # pixels per second
+    lowest = min(note.pitch for note in notes) - 2
+    highest = max(note.pitch for note in notes) + 2
+    width = left + math.ceil(max(200, seconds * scale))
+    bottom = top + (highest - lowest + 1) * row_height
+    canvas, draw = blank((width, bottom + 20), font_size=12)
+
+    def draw_bar(pitch, start, end, color):
+        x = left + start * scale
+        y = top + (highest - pitch) * row_height
+        right = max(x + 1, left + end * scale - 2)
+        draw.rectangle((x, y, right, y + row_height - 2), color)
+
+    draw.text((left, 2), "prompt", PROMPT.format(40))
+    draw.text((left + 60, 2), "continuation", CONTINUATION.format(40))
+    for pitch in range(lowest, highest + 1):
+        octave, key = divmod(pitch, 12)
+        if key in (1, 3, 6, 8, 10):
+            draw_bar(pitch, 0, seconds, "whitesmoke")
+        if key == 0:
+            y = top + (highest - pitch) * row_height
+            draw.text((4, y - 4), f"C{octave - 1}", "black")
+    spacing = math.ceil(40 / scale)  # seconds between labels; a label takes up to 40 pixels
+    for second in range(0, math.ceil(seconds), spacing):
+        x = left + second * scale
+        draw.line((x, top, x, bottom), "lightgray")
+        draw.text((x, bottom + 2), f"{second} s", "black")
     for number, note in enumerate(notes):
-        shade = 0.6 * (1 - note.velocity / 127)  # of white
-        colour = tuple(round(part + shade * (255 - part)) for part in (GIVEN if number < num_given else NEW))
-        x, y = left + note.onset * scale, rows.index(note.pitch) * height
-        draw.rectangle((x, y, max(x + 1, left + note.end * scale - 2), y + height - 2), colour)
-    return TF.pil_to_tensor(canvas)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Images that are completed
-
-
-def completions(images: Tensor, samples: Tensor) -> Tensor:
-    """A grid of images (n, C, H, W) of uint8: a row as they are, one without their lower halves, and one for each of K
-    `samples` (K, n, C, H, W). Small ones are enlarged."""
-    given, scale = images.clone(), math.ceil(96 / max(images.shape[2:]))
-    given[:, :, images.shape[2] // 2 :] = 128
-    tiles = torch.cat((images, given, samples.flatten(0, 1))).expand(-1, 3, -1, -1)
-    return make_grid(tiles.repeat_interleave(scale, 2).repeat_interleave(scale, 3), len(images), 4, pad_value=255)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Optical flow
-
-
-def flow_rows(frames: Tensor, *flows: Tensor) -> Tensor:
-    """A row for each of the frames (B, 3, H, W) in [-1, 1]: the frame, then each of the flows (B, H, W, 2) in colours
-    that tell the direction; the fuller, the further, on one scale for the row. Small frames are enlarged."""
-    rows = []
-    for frame, *fields in zip(frames, *flows):
-        colours = flow_to_image(torch.stack(fields).movedim(-1, 1).float())  # divides by the largest of them all
-        rows.append(torch.cat(((frame[None] + 1) / 2, colours / 255)))  # (1 + flows, 3, H, W)
-    return make_grid(enlarged(torch.cat(rows), 160), nrow=1 + len(flows), padding=MARGIN // 2, pad_value=255)
+        color = PROMPT if number < num_given else CONTINUATION
+        lightness = 80 - 40 * note.velocity / 127
+        draw_bar(note.pitch, note.onset, note.end, color.format(lightness))
+    return pil_to_tensor(canvas)

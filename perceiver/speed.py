@@ -1,28 +1,84 @@
-"""How much of the hardware a run uses: model FLOPs utilisation (MFU), as in PaLM (arXiv 2204.02311, appendix B)."""
+"""The speed of a run: its rate, and model FLOPs utilization (MFU) as in PaLM (arXiv 2204.02311, appendix B)."""
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from perceiver.tasks import Task
+from perceiver.tasks.base import Task
 
-# Dense peak of the vendor's datasheets, FLOP/s: with bf16, and with TF32, what float32 is multiplied in.
-PEAKS = {"H200": (989e12, 495e12), "H100": (989e12, 495e12), "A100": (312e12, 156e12), "L40S": (362e12, 183e12),
-         "L4": (121e12, 60e12), "A10G": (70e12, 35e12), "RTX 4090": (165e12, 83e12), "RTX 3090": (71e12, 36e12)}
+# Peak FLOP/s of dense matrix products in bf16 and in TF32 (for float32), from the vendor's datasheets.
+PEAKS = {
+    "H200": (989e12, 495e12),
+    "H100": (989e12, 495e12),
+    "A100": (312e12, 156e12),
+    "L40S": (362e12, 183e12),
+    "L4": (121e12, 60e12),
+    "A10G": (70e12, 35e12),
+    "RTX 4090": (165e12, 83e12),
+    "RTX 3090": (71e12, 36e12),
+}
 
 
-def peak_flops(device: torch.device, bf16: bool) -> float:
-    """FLOP/s of one device at its best; 0 where it is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peaks[0 if bf16 else 1] for part, peaks in PEAKS.items() if part in name), 0.0)
+class SpeedMeter:
+    """Measures the speed of training on this rank, from one report to the next."""
+
+    def __init__(self, task: Task, device: torch.device, bf16: bool):
+        self.task = task
+        self.peak = 0.0  # FLOP/s; 0 if it is unknown
+        if device.type == "cuda":
+            self.peak = peak_flops(torch.cuda.get_device_name(device), bf16)
+        self.flops_by_shape = {}
+        self.flops = 0
+        self.start = time.perf_counter()
+
+    def count(self, batch: dict[str, Tensor]):
+        """Adds the FLOPs of training on `batch`."""
+        if self.peak:
+            shapes = tuple(values.shape for values in batch.values())
+            if shapes not in self.flops_by_shape:
+                self.flops_by_shape[shapes] = training_flops(self.task, batch)
+            self.flops += self.flops_by_shape[shapes]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time inside the block does not count."""
+        start = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - start
+
+    def report(self, samples: int, tokens: float) -> dict[str, float]:
+        """Samples or tokens per second, as `task.rate` says, and `mfu` if the peak is known. Then starts anew."""
+        seconds = time.perf_counter() - self.start
+        count = tokens if self.task.rate == "tokens_per_s" else samples
+        rates = {self.task.rate: count / seconds}
+        if self.peak:
+            rates["mfu"] = self.flops / seconds / self.peak
+        self.flops = 0
+        self.start = time.perf_counter()
+        return rates
+
+
+def peak_flops(device_name: str, bf16: bool) -> float:
+    """The peak of one device in FLOP/s, in bf16 or otherwise in TF32; 0 if it is unknown."""
+    for name, (bf16_peak, tf32_peak) in PEAKS.items():
+        if re.search(rf"\b{name}\b", device_name):
+            return bf16_peak if bf16 else tf32_peak
+    return 0.0
 
 
 def training_flops(task: Task, batch: dict[str, Tensor]) -> int:
-    """FLOPs of a batch's forward and its backward, which takes twice the forward's. Recomputed activations don't count.
+    """FLOPs of a forward and a backward pass. The backward pass takes twice the FLOPs of the forward pass.
 
-    Counted on tensors without data, so that nothing is computed and no kernel's own formula is needed.
+    Recomputed activations do not count. The model runs on the meta device, which computes nothing. There, attention
+    consists of plain matrix products, so the counter needs no formulas for fused kernels.
     """
     with torch.device("meta"):
-        model = task.build_model().requires_grad_(False)  # the counter stumbles over views of what has gradients
+        model = task.build_model().requires_grad_(False)  # the counter fails on views of tensors with gradients
     batch = {name: values.to("meta") for name, values in batch.items()}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         task.loss(model, batch)

@@ -1,20 +1,29 @@
+import io
 import json
 import os
+import re
+import runpy
 import socket
 import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+
+from perceiver import checkpoint
+from perceiver.config import from_dict, to_dict
+from perceiver.tasks import TASKS
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 
-# A run of seconds: the smallest model, a handful of steps.
+# Overrides of clm.yaml for a run of seconds: a tiny model and small batches
 TINY = ["model.max_seq_len=32", "model.num_latents=8", "model.num_channels=16", "model.num_heads=2",
-        "model.num_self_attention_layers=1", "data.max_val_tokens=200", "data.batch_size=4", "train.log_every=1"]
+        "model.num_self_attention_layers=1", "data.val_size=200", "data.batch_size=4", "train.log_every=1"]
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 
@@ -37,7 +46,7 @@ def online() -> bool:
 
 
 def run_script(*args: str, processes: int = 1, **kwargs) -> subprocess.CompletedProcess:
-    """A script of the project in a process of its own, with torchrun for several; one thread each."""
+    """Runs a script of the project in a new process, or with torchrun in several. Each process has one thread."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -57,7 +66,7 @@ def read_metrics(run: Path, split: str = "train") -> list[dict]:
 
 def average_rate(video: Path | str):
     """Frames per second of a video file."""
-    import av  # optional: the tests that need no GPU have it
+    import av  # here, not at the top: most tests run without this optional package
 
     with av.open(str(video)) as container:
         return container.streams.video[0].average_rate
@@ -65,7 +74,63 @@ def average_rate(video: Path | str):
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """A text of 10 kB."""
+    """A text file of 10 kB."""
     file = tmp_path / "corpus.txt"
     file.write_text("".join(f"{n} green bottles, standing on the wall\n" for n in range(250)))
     return file
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# predict.py
+
+ENCODER = {"num_cross_attention_heads": 1, "num_self_attention_heads": 2, "num_self_attention_layers_per_block": 1}
+MODEL = {"num_latents": 6, "num_latent_channels": 16, "encoder": ENCODER, "decoder": {"num_cross_attention_heads": 1}}
+TEXT_INPUT = {"max_seq_len": 48, "num_input_channels": 16}
+
+
+def new_checkpoint(path: Path, task_name: str, class_names: list[str] | None = None, model: dict = {}, data: dict = {},
+                   ) -> tuple[Path, nn.Module]:
+    """Saves a checkpoint of an untrained model with random weights. Returns its path and the model."""
+    torch.manual_seed(0)
+    config = from_dict({"task": task_name, "model": MODEL | model, "data": data}, TASKS)
+    task = TASKS[task_name](config)
+    task.class_names = class_names
+    net = task.build_model().eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    checkpoint.save({"model": net.state_dict(), "optimizer": {}, "step": 1, "best_loss": 1.0, "config": to_dict(config),
+                     "task": task.state_dict()}, path)
+    return path, net
+
+
+@pytest.fixture
+def predict(monkeypatch, capsys, tmp_path):
+    """A function that runs predict.py in this process, because starting a new process takes longer than predicting."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(ckpt, *args, stdin=b""):
+        monkeypatch.setattr(sys, "argv", ["predict.py", "--ckpt", str(ckpt), "--device", "cpu", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
+        capsys.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "predict.py"), run_name="__main__")
+        except SystemExit as exit:
+            code = exit.code
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+    return run
+
+
+def fails(result, *words) -> bool:
+    """Asserts that predict.py ended with exit code 2 and one line that holds `words`."""
+    assert result.code == 2 and result.out == ""
+    assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
+    assert all(str(word) in result.err for word in words), result.err
+    return True
+
+
+def ranking(lines: list[str]) -> tuple[list[str], list[float]]:
+    """The names and the probabilities in lines like `  12.34%  name`."""
+    found = [re.fullmatch(r" +(\d+\.\d\d)%  (.+)", line) for line in lines]
+    return [match[2] for match in found], [float(match[1]) / 100 for match in found]

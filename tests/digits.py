@@ -1,4 +1,7 @@
-"""scikit-learn's digits, 8x8, as MNIST's files: `python tests/digits.py FOLDER` writes 1437 and, for testing, 360."""
+"""Write scikit-learn's digits (8x8 pixels) in MNIST's file format: `python tests/digits.py FOLDER`.
+
+1437 digits are for training, 360 for testing.
+"""
 import struct
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Adapters: positions and features against others' code, and composition of new modalities."""
+"""Adapters: comparisons of positions and features with other implementations, and new modalities."""
 import copy
 
 import pytest
@@ -6,13 +6,13 @@ import torch
 from torch import nn
 from transformers.models.perceiver import modeling_perceiver as port
 
-from perceiver.adapters import (FourierPositions, FourierQueries, GridOutput, InputAdapter, LinearOutput, Patches,
-                                TiedTokenOutput, TrainablePositions, TrainableQueries, fourier_features, grid_positions,
-                                same_padding)
-from perceiver.architectures import ImageInputConfig, MaskedLMConfig, TokenInputConfig
+from perceiver.adapters import (FourierPositions, FourierQueries, GridOutput, InputAdapter, LinearOutput,
+                                MultimodalInput, Patches, TiedTokenOutput, TrainablePositions, TrainableQueries,
+                                fourier_features, grid_positions)
 from perceiver.model import (PerceiverDecoder, PerceiverDecoderConfig, PerceiverEncoder, PerceiverEncoderConfig,
                              PerceiverIO)
-from perceiver.multimodal import MultimodalInput
+from perceiver.tasks.images import ImageInputConfig
+from perceiver.tasks.masked_lm import MaskedLMConfig, TokenInputConfig
 
 
 @pytest.mark.parametrize("grid, num_bands, max_resolution", [((7,), 5, None), ((6, 9), 4, None), ((6, 9), 4, (20, 31)),
@@ -26,7 +26,7 @@ def test_fourier_positions_equal_the_port(grid, num_bands, max_resolution):
 
 
 def test_fourier_features_by_hand():
-    """Two rows of three: frequencies 1 and 5 in rows, 1 and 10 in columns; all sines before all cosines."""
+    """A grid of 2 rows and 3 columns. Rows have frequencies 1 and 5, columns 1 and 10. Sines precede cosines."""
     positions = grid_positions((2, 3))
     assert positions.tolist() == [[-1, -1], [-1, 0], [-1, 1], [1, -1], [1, 0], [1, 1]]
     positions = positions * 0.25
@@ -39,7 +39,7 @@ def test_positions_of_other_sizes_and_types():
     positions = FourierPositions((6, 9), 4, (20, 31))
     torch.testing.assert_close(positions((7, 5)), FourierPositions((7, 5), 4, (20, 31))((7, 5)))
     adapter = InputAdapter(nn.Identity(), 3, positions).bfloat16()
-    for grid in ((6, 9), (200, 5)):  # exact up to the rounding of the result, at the highest frequency too
+    for grid in ((6, 9), (200, 5)):  # only the result is rounded, so even high frequencies are exact
         exact = FourierPositions(grid, 4, (20, 31))(grid)
         torch.testing.assert_close(adapter(torch.zeros(1, *grid, 3, dtype=torch.bfloat16))[0, :, 3:].float(), exact,
                                    atol=4e-3, rtol=0)
@@ -48,40 +48,12 @@ def test_positions_of_other_sizes_and_types():
 def test_trainable_positions():
     positions = TrainablePositions((6, 9), 4, 8)
     torch.testing.assert_close(positions((6, 9)), positions.projection(positions.table.weight))
-    with pytest.raises(ValueError, match="inputs of 9x6 positions, the model has trained 6x9"):
+    with pytest.raises(ValueError, match="the inputs have 9x6 positions, the model was trained with 6x9"):
         positions((9, 6))
     text = TrainablePositions((6,), 4)
     torch.testing.assert_close(text((3,)), text.table.weight[:3])
-    with pytest.raises(ValueError, match="inputs of 7 positions, the model has trained 6"):
+    with pytest.raises(ValueError, match="the inputs have 7 positions, the model was trained with 6"):
         text((7,))
-
-
-@pytest.mark.parametrize("size, kernel, padding", [(224, 7, (2, 3)), (112, 3, (0, 1)), (225, 7, (3, 3)), (5, 3, (1, 1)),
-                                                   (1, 7, (3, 3))])
-def test_same_padding_is_tensorflows(size, kernel, padding):
-    assert same_padding(size, kernel, 2) == padding
-
-
-@pytest.mark.parametrize("kwargs, grid, num_channels", [
-    (dict(), (9, 14), 2 + 18), (dict(features="conv1x1"), (9, 14), 5 + 18), (dict(features="conv"), (3, 4), 5 + 18),
-    (dict(features="conv", conv_padding="symmetric"), (2, 3), 5 + 18), (dict(positions="trainable"), (9, 14), 2 + 6)])
-def test_images_of_any_shape_and_channel_count(kwargs, grid, num_channels):
-    config = ImageInputConfig((9, 14, 2), num_feature_channels=5, num_frequency_bands=4, num_position_channels=6,
-                              **kwargs)
-    adapter, images = config.build(0.02), torch.randn(3, 2, 9, 14)
-    assert config.grid == adapter.positions.grid == adapter.features(images).shape[1:-1] == grid
-    assert config.num_channels == adapter.num_channels == num_channels
-    assert adapter(images).shape == (3, grid[0] * grid[1], num_channels)
-    with pytest.raises(ValueError, match=r"images of shape \(3, 1, 9, 14\), expected \(batch, 2, height, width\)"):
-        adapter(images[:, :1])
-
-
-def test_pixels_lie_with_their_positions():
-    """Row by row: the coordinates beside a pixel are its own."""
-    config, images = ImageInputConfig((3, 5, 1), num_frequency_bands=2), torch.arange(15.0).view(1, 1, 3, 5)
-    x = config.build(0.02)(images)[0]
-    row, column = (x[:, 1] + 1) * 1, (x[:, 2] + 1) * 2
-    torch.testing.assert_close(x[:, 0], 5 * row + column)
 
 
 @pytest.mark.parametrize("time, space", [(1, 4), (2, 2)])
@@ -93,8 +65,8 @@ def test_patches_equal_the_ports_space_to_depth(time, space):
     assert torch.equal(Patches((4,))(video[:, 0, 0]), video[:, 0, 0].reshape(2, 2, 48))  # a series is cut into pieces
 
 
-def test_fourier_queries_of_places():
-    """Coordinates that end before 1; the same for chosen places, also when every example chooses its own."""
+def test_fourier_queries_of_grid_points():
+    """Coordinates end before 1. Selected points get the same queries, even if each example selects other points."""
     queries, x = FourierQueries((2, 3, 4), 5, (7, 8, 9)), torch.zeros(2, 0, 1)
     steps = torch.meshgrid(torch.tensor([-1, 0.0]), torch.tensor([-1, -1 / 3, 1 / 3]), torch.arange(-1, 1, 0.5),
                            indexing="ij")
@@ -105,7 +77,7 @@ def test_fourier_queries_of_places():
     torch.testing.assert_close(queries(x, places[0]), expected[places[0]].expand(2, -1, -1))
 
 
-def test_outputs_of_places_are_joined():
+def test_outputs_are_joined_to_a_grid():
     video, sound = GridOutput(5, 3, (2, 4, 6, 3), channel_dim=2), GridOutput(5, 8, (32, 1))
     pixels, patches = torch.randn(2, 48, 3), torch.randn(2, 4, 8)
     whole, series = video.join(pixels), sound.join(patches)
@@ -134,21 +106,9 @@ def test_tied_output_shares_the_embedding():
     assert untied(torch.zeros(2, 5, dtype=torch.long)).shape == (2, 5, 10)
 
 
-@pytest.mark.parametrize("kwargs, message", [
-    (dict(image_shape=(28, 28)), r"image_shape=\(28, 28\) must be 3 positive numbers"),
-    (dict(max_resolution=(0, 3)), r"max_resolution=\(0, 3\) must be 2 positive numbers"),
-    (dict(features="conv3"), "features='conv3' must be one of pixels, conv1x1, conv"),
-    (dict(positions="sin"), "positions='sin' must be one of fourier, trainable"),
-    (dict(num_frequency_bands=0), "num_frequency_bands=0 must be at least 1"),
-    (dict(conv_padding="x"), "conv_padding")])
-def test_config_errors_name_key_and_value(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        ImageInputConfig(**kwargs)
-
-
 @pytest.fixture
 def one_thread():
-    """Small models are several times slower with more."""
+    """One thread for a test: with more, small models are several times slower."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -156,8 +116,8 @@ def one_thread():
 
 
 def test_a_new_modality_takes_three_adapters(one_thread):
-    """The README's example: a time series of 3 variables continued, here one that follows from what came before, with
-    an image of its phase beside it in the second model, as another modality."""
+    """A model learns to continue a time series of 3 variables. A second model also gets another modality: an image that
+    shows the phase of the series."""
     torch.manual_seed(0)
     series = InputAdapter(nn.Identity(), 3, FourierPositions((24,), 6))
     image = ImageInputConfig((4, 6, 1), num_frequency_bands=2).build(0.02)

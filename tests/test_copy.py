@@ -1,4 +1,4 @@
-"""The copy task: its data, what is counted of it, that it is learned, and contexts as long as the paper's."""
+"""The copy task: data, metrics, training, and contexts as long as the paper's."""
 import re
 from pathlib import Path
 
@@ -9,10 +9,10 @@ import torch
 from conftest import ROOT, read_metrics, run_script
 from perceiver.config import load_config
 from perceiver.data import IGNORE, collate_padded
-from perceiver.data.copy import CopyBlocks, CopyWindows
 from perceiver.errors import UserError
 from perceiver.speed import training_flops
 from perceiver.tasks import TASKS
+from perceiver.tasks.copy import CopyBlocks, CopyWindows
 
 SMALL = ["model.num_channels=16", "model.num_heads=2", "data.batch_size=4"]
 
@@ -23,14 +23,14 @@ def copy_task(*overrides: str, name: str = "copy"):
 
 
 def is_mirrored(sequence: np.ndarray) -> bool:
-    """2, ids of 3 to 258, the same backwards, 1."""
+    """Whether `sequence` is 2, values from 3 to 258, the same values backwards, and 1."""
     inside = sequence[1:-1]
     return (sequence[0] == 2 and sequence[-1] == 1 and inside.min() >= 3 and inside.max() <= 258
             and (inside == inside[::-1]).all())
 
 
 def test_windows_are_starts_of_mirrored_sequences():
-    windows = CopyWindows(length=32, num_latents=16, min_crop=20, seed=5)
+    windows = CopyWindows(length=32, num_latents=16, min_seq_len=20, seed=5)
     sizes, values = [], []
     for step in range(400):
         example = windows[step, 3]
@@ -42,7 +42,7 @@ def test_windows_are_starts_of_mirrored_sequences():
         if len(ids) == 31:
             assert is_mirrored(np.append(ids, labels[-1]))
     counts = np.bincount(sizes, minlength=32)[20:]
-    assert len(sizes) == counts.sum() and counts.min() > 10  # of each length from 20 to 31, 33 on average
+    assert len(sizes) == counts.sum() and counts.min() > 10  # windows of each length from 20 to 31; 33 on average
     assert set(values) == set(range(3, 259))
     assert all((windows[7, 1][name] == windows[7, 1][name]).all() for name in windows[7, 1])
     examples = [windows[7, 1], windows[7, 2], windows[8, 1], CopyWindows(32, 16, 20, 6)[7, 1]]
@@ -50,7 +50,7 @@ def test_windows_are_starts_of_mirrored_sequences():
 
 
 def test_floating_point_operations_are_counted_with_z_loss():
-    """On tensors without data, as they are where a GPU's peak is known."""
+    """The counter runs the loss on meta tensors, which hold no data."""
     task = copy_task("model.z_loss=0.1")
     train_set, _ = task.load_data()
     assert training_flops(task, collate_padded([train_set[0, index] for index in range(4)])) > 1e5
@@ -78,8 +78,8 @@ def test_windows_of_several_lengths_are_padded_on_the_left():
     assert "pad_mask" not in collate_padded([{"input_ids": np.array([5, 6])}] * 2)
 
 
-def test_the_loss_of_a_batch_is_that_of_its_windows_alone():
-    """And accuracy counts the second half alone."""
+def test_a_batch_has_the_summed_loss_of_its_windows():
+    """Padding changes no sum. Accuracy counts only the second half."""
     task = copy_task()
     model = task.build_model().double().eval()
     torch.nn.init.normal_(model.output_weight)
@@ -94,8 +94,8 @@ def test_the_loss_of_a_batch_is_that_of_its_windows_alone():
     assert rates == pytest.approx({"loss": 1.0, "bits_per_token": 0.5 / np.log(2), "accuracy": 0.75})
 
 
-def test_z_loss_is_of_training_alone_and_not_of_the_bits():
-    """Against its definition, by softmax by hand; a label that is ignored has none."""
+def test_z_loss_changes_only_the_training_loss():
+    """Compares with its definition, computed from the softmax denominator Z. Ignored labels have no z-loss."""
     plain, task = copy_task("model.z_loss=0"), copy_task("model.z_loss=0.1")
     model = task.build_model().double()
     torch.nn.init.normal_(model.output_weight)
@@ -115,8 +115,8 @@ def test_z_loss_is_of_training_alone_and_not_of_the_bits():
 
 @pytest.mark.parametrize("override, words", [
     ("model.max_seq_len=33", "model.max_seq_len=33"), ("model.num_latents=32", "model.num_latents=32"),
-    ("data.min_crop=15", "data.min_crop=15"), ("data.min_crop=32", "data.min_crop=32"),
-    ("model.vocab_size=256", "model.vocab_size=256"), ("data.num_val_sequences=0", "data.num_val_sequences=0"),
+    ("data.min_seq_len=15", "data.min_seq_len=15"), ("data.min_seq_len=32", "data.min_seq_len=32"),
+    ("model.vocab_size=256", "model.vocab_size=256"), ("data.val_size=0", "data.val_size=0"),
 ])
 def test_mistakes_are_named(override, words):
     with pytest.raises(UserError, match=words):
@@ -124,15 +124,15 @@ def test_mistakes_are_named(override, words):
 
 
 def test_at_the_published_width_the_model_has_the_published_size():
-    """Google's random_mirrored_32; the longer contexts are in test_tasks.py."""
+    """The model is that of Google's random_mirrored_32. test_tasks.py checks the longer contexts."""
     with torch.device("meta"):
         model = copy_task("model.num_channels=1024", "model.num_heads=16").build_model()
     assert sum(parameter.numel() for parameter in model.parameters()) == 26_776_835
 
 
-def test_windows_grow_from_the_middle_to_the_sequence():
-    """What they keep of the prefix holds the mirror image of every label that has one, at its own position."""
-    windows = CopyWindows(256, 32, 160, 0, grow_steps=60)
+def test_windows_grow_in_the_curriculum():
+    """The visible tokens always include the mirror image of each label in the second half."""
+    windows = CopyWindows(256, 32, 160, 0, curriculum_steps=60)
     seen = []
     for step in range(60):
         examples = [windows[step, index] for index in range(4)]
@@ -154,10 +154,10 @@ def test_windows_grow_from_the_middle_to_the_sequence():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[Path, str]:
-    """A smaller model at half of the recipe's context, in a quarter of its steps."""
+    """A run of copy.yaml with a smaller model, half of the context, and a quarter of the steps."""
     folder = tmp_path_factory.mktemp("copy") / "run"
     result = run_script("train.py", "configs/copy.yaml", f"train.out_dir={folder}", "model.max_seq_len=16",
-                        "model.num_latents=8", "model.num_channels=64", "data.min_crop=12", "data.batch_size=64",
+                        "model.num_latents=8", "model.num_channels=64", "data.min_seq_len=12", "data.batch_size=64",
                         "optim.lr=3e-3", "train.max_steps=500", "train.eval_every=500")
     assert result.returncode == 0, result.stderr
     return folder, result.stdout
@@ -166,7 +166,7 @@ def run(tmp_path_factory) -> tuple[Path, str]:
 def test_the_second_half_is_learned(run):
     folder, output = run
     assert read_metrics(folder, "val")[-1]["accuracy"] > 0.9
-    right, copied = re.search("----- right\n(.*)\n-----\n----- copied\n(.*)\n-----", output).groups()
+    right, copied = re.search("----- expected\n(.*)\n-----\n----- copied\n(.*)\n-----", output).groups()
     assert len(right.split()) == 8 and sum(a == b for a, b in zip(right.split(), copied.split())) >= 7
 
 
@@ -178,19 +178,19 @@ def test_a_prompt_is_copied(run):
 
 
 def test_ranks_and_micro_batches_change_nothing(tmp_path):
-    """While windows grow, and after; micro-batches are padded to different lengths."""
-    common = ["train.py", "configs/copy.yaml", *SMALL, "data.grow_steps=5", "model.max_seq_len=64", "train.max_steps=8",
-              "train.log_every=1"]
+    """This holds while windows grow, and afterwards, when micro-batches are padded to different lengths."""
+    common = ["train.py", "configs/copy.yaml", *SMALL, "data.curriculum_steps=5", "model.max_seq_len=64",
+              "train.max_steps=8", "train.log_every=1"]
     runs = [run_script(*common, f"train.out_dir={tmp_path}/one"),
-            run_script(*common, f"train.out_dir={tmp_path}/two", "train.accumulate=2", processes=2)]
+            run_script(*common, f"train.out_dir={tmp_path}/two", "train.gradient_accumulation_steps=2", processes=2)]
     assert all(run.returncode == 0 for run in runs), runs[1].stderr
     one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
     assert len(one) == 8 and [line["loss"] for line in one] == pytest.approx([line["loss"] for line in two], abs=1e-5)
 
 
 @pytest.mark.slow
-def test_time_and_memory_of_a_training_step_are_linear_in_the_context():
-    """Up to 131,072 tokens, at tiny widths; quadratic costs would have exponents of 2."""
+def test_memory_of_a_training_step_is_linear_in_the_context():
+    """The models are tiny, and the contexts have up to 131,072 tokens. A quadratic cost would have the exponent 2."""
     result = run_script("benchmarks/long_context.py", "configs/copy_131k.yaml", *SMALL, "model.num_latents=32",
                         "model.num_self_attention_layers=1", "--lengths", "32768", "65536", "131072", "--repeats", "2")
     assert result.returncode == 0, result.stderr

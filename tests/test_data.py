@@ -1,16 +1,24 @@
+"""The order of examples, batches, windows of a corpus, splits of files, and image files."""
+import gzip
 import hashlib
 import os
+import pickle
+import struct
 import subprocess
 import sys
-import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+import torchvision
+from PIL import Image
 
-from perceiver.data import (IGNORE, ByteTokenizer, IdTokenizer, Shuffled, TextBlocks, TextDataConfig, TextWindows,
-                            Tokens, TrainKeys, eval_loader, load_text, text, train_loader)
+from conftest import ROOT
+from perceiver.config import build
+from perceiver.data import (IGNORE, LoaderConfig, Shuffled, TextBlocks, TextWindows, Tokens, TrainKeys, collate_padded,
+                            eval_loader, hold_out, hold_out_folders, labelled_files, load_labelled_images, read_image,
+                            to_channels, train_loader)
 from perceiver.distributed import Ranks
 from perceiver.errors import UserError
 
@@ -19,132 +27,31 @@ def ranks(world_size: int) -> list[Ranks]:
     return [Ranks(rank, world_size, torch.device("cpu")) for rank in range(world_size)]
 
 
-def test_bytes_are_tokens_as_in_deepminds_tokenizer():
-    tokenizer = ByteTokenizer()
-    # from the colab of the masked language model: " missing."
-    assert tokenizer.encode(" missing.") == [38, 115, 111, 121, 121, 111, 116, 109, 52]
-    text = "naïve 🙂 \0 \x7f"
-    assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.decode([1, *tokenizer.encode("a"), 3, 0]) == "a"
-    assert tokenizer.encode("\udcff") == [255 + 6]  # a byte that is no UTF-8, as Python reads it
+ONE = ranks(1)[0]
 
 
-def test_streaming_holds_unfinished_characters_back():
-    tokenizer = ByteTokenizer()
-    state, parts = tokenizer.new_stream(), []
-    for token in tokenizer.encode("é🙂"):
-        parts.append(tokenizer.stream([token], state))
-    assert parts == ["", "é", "", "", "", "🙂"]
-    tokenizer.stream([tokenizer.encode("é")[0]], state)
-    assert tokenizer.stream([], state, final=True) == "\ufffd"
-
-
-def test_ids_are_written_as_numbers():
-    assert IdTokenizer().encode(" 3 4\n50 ") == [3, 4, 50]
-    with pytest.raises(UserError, match="numbers"):
-        IdTokenizer().encode("def")
-
-
-def test_the_default_corpus_is_this_pythons_library():
-    train, val = load_text(TextDataConfig(val_fraction=0.02))
-    text = val.values.tobytes().decode("utf-8", "replace")
-    assert len(train) > 5_000_000 and len(val) > 50_000
-    assert text.count("\ndef ") > 50 and train.offset == 6
-
-
-def test_own_text_as_file_and_folder(tmp_path):
-    (tmp_path / "a").mkdir()
-    for n in range(40):
-        (tmp_path / "a" / f"{n:02}.txt").write_text(f"<{n}>")
-    (tmp_path / "a" / ".hidden").write_text("no")
-    (tmp_path / "a" / "picture.png").write_bytes(b"\x89PNG\0\0no")
-    train, val = load_text(TextDataConfig(path=str(tmp_path), val_fraction=0.1))
-    assert val.values.tobytes() == b"<5><15><25><35>"
-    assert train.values.tobytes() == b"".join(b"<%d>" % n for n in range(40) if n % 10 != 5)
-
-    file = tmp_path / "one.txt"
-    file.write_bytes(bytes(range(100)))
-    train, val = load_text(TextDataConfig(path=str(file), val_fraction=0.1, max_val_tokens=7))
-    assert train.values.tobytes() == bytes(range(90)) and val.values.tobytes() == bytes(range(90, 97))
-    assert train[:3].tolist() == [6, 7, 8]
-
-
-@pytest.mark.parametrize("name, dtype", [("ids.npy", np.int32), ("ids.bin", np.uint16), ("bytes.bin", np.uint8)])
-def test_own_token_ids(tmp_path, name, dtype):
-    ids = np.arange(200).astype(dtype)
-    np.save(tmp_path / name, ids) if name.endswith("npy") else ids.tofile(tmp_path / name)
-    config = TextDataConfig(path=str(tmp_path / name), bin_dtype=np.dtype(dtype).name if "bin" in name else "uint16")
-    train, val = load_text(config)
-    assert config.holds_ids and np.concatenate([train[:], val[:]]).tolist() == ids.tolist()
-
-
-@pytest.mark.parametrize("names", [("wiki.train.raw", "wiki.valid.raw"), ("wiki.train.tokens", "wiki.valid.tokens"),
-                                   ("train.txt", "val.txt")])
-def test_folders_with_a_split_of_their_own(tmp_path, names):
-    for name in names:
-        (tmp_path / name).write_text(name * 3)
-    train, val = load_text(TextDataConfig(path=str(tmp_path)))
-    assert (train.values.tobytes().decode(), val.values.tobytes().decode()) == tuple(name * 3 for name in names)
-
-
-def test_wikitext_is_unpacked_from_a_zip_that_is_there(tmp_path):
-    with zipfile.ZipFile(tmp_path / "wikitext-103-raw-v1.zip", "w") as archive:
-        for part in ("train", "valid", "test"):
-            archive.writestr(f"wikitext-103-raw/wiki.{part}.raw", f"text to {part}")
-    train, val = load_text(TextDataConfig(dataset="wikitext103", cache_dir=str(tmp_path)))
-    assert train.values.tobytes() == b"text to train" and val.values.tobytes() == b"text to valid"
-
-
-def test_enwik8_is_split_as_customary(tmp_path, monkeypatch):
-    content = np.arange(100_000_000, dtype=np.uint32).astype(np.uint8).tobytes()
-    with zipfile.ZipFile(tmp_path / "enwik8.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        archive.writestr("enwik8", content)
-    config = TextDataConfig(dataset="enwik8", cache_dir=str(tmp_path), max_val_tokens=10**9)
-    with pytest.raises(UserError, match="checksum"):
-        load_text(config)
-    monkeypatch.setattr(text, "ENWIK8_MD5", hashlib.md5(content).hexdigest())
-    train, val = load_text(config)
-    assert (len(train), len(val)) == (90_000_000, 5_000_000) and val[:1] == 90_000_000 % 256 + 6
-
-
-def test_missing_data_says_what_to_do(tmp_path, monkeypatch):
-    def no_network(*args, **kwargs):
-        raise OSError("no network")
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(UserError, match="no network.*wikitext-103-raw-v1.zip.*data.path="):
-        load_text(TextDataConfig(dataset="wikitext103", cache_dir=str(tmp_path)))
-    for path, content, message in (("none.txt", None, "does not exist"), ("empty.txt", b"", "empty"),
-                                   ("bad.npy", b"junk", "cannot read"), ("one.txt", b"a", "validate on")):
-        if content is not None:
-            (tmp_path / path).write_bytes(content)
-        with pytest.raises(UserError, match=message):
-            load_text(TextDataConfig(path=str(tmp_path / path)))
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(UserError, match="no text files"):
-        load_text(TextDataConfig(path=str(tmp_path / "folder")))
+# ----------------------------------------------------------------------------------------------------------------------
+# The order of examples, and batches
 
 
 def test_windows_are_a_function_of_seed_step_and_index():
     tokens = Tokens(np.arange(1000, dtype=np.uint16))
-    windows = TextWindows(tokens, max_seq_len=32, num_latents=8, num_kept=12, seed=3)
+    windows = TextWindows(tokens, max_seq_len=32, num_latents=8, seed=3)
     example = windows[5, 2]
     ids = example["input_ids"]
     assert ids.tolist() == list(range(ids[0], ids[0] + 32))
     assert example["labels"].tolist() == list(range(ids[0] + 25, ids[0] + 33))
-    keep = example["prefix_keep"]
-    assert len(set(keep)) == 12 and min(keep) >= 0 and max(keep) < 24
     for name in example:
         assert np.array_equal(example[name], windows[5, 2][name])
         assert not np.array_equal(example[name], windows[5, 3][name])
         assert not np.array_equal(example[name], windows[6, 2][name])
     with pytest.raises(UserError, match="fewer than model.max_seq_len"):
-        TextWindows(Tokens(np.zeros(32, np.uint8)), 32, 8, 12, 0)
+        TextWindows(Tokens(np.zeros(32, np.uint8)), 32, 8, 0)
 
 
-def test_every_window_of_a_corpus_can_come():
-    windows = TextWindows(Tokens(np.arange(35, dtype=np.uint8)), 32, 8, 24, 0)
+def test_every_window_of_a_corpus_can_be_drawn():
+    windows = TextWindows(Tokens(np.arange(35, dtype=np.uint8)), 32, 8, 0)
     assert {windows[step, 0]["input_ids"][0] for step in range(50)} == {0, 1, 2}
-    assert "prefix_keep" not in windows[0, 0]
 
 
 @pytest.mark.parametrize("length", [2, 5, 9, 17, 33, 34, 100, 101])
@@ -176,21 +83,30 @@ def test_ranks_and_micro_batches_share_the_same_batch(world_size, accumulate):
 
 def test_workers_change_nothing_and_evaluation_sees_everything_once():
     tokens = Tokens(np.arange(1000, dtype=np.uint16))
-    windows, blocks = TextWindows(tokens, 32, 8, 12, 0), TextBlocks(tokens, 32, 8)
-    rank = ranks(1)[0]
-    batches = [list(train_loader(windows, TrainKeys(4, 2, rank, 0, 3), workers)) for workers in (0, 2)]
+    windows, blocks = TextWindows(tokens, 32, 8, 0), TextBlocks(tokens, 32, 8)
+    batches = [list(train_loader(windows, TrainKeys(4, 2, ONE, 0, 3), workers)) for workers in (0, 2)]
     assert len(batches[0]) == 6
     for a, b in zip(*batches):
         assert all(torch.equal(a[name], b[name]) for name in a)
     labels = torch.cat([batch["labels"][batch["labels"] != IGNORE]
                         for rank in ranks(3) for batch in eval_loader(blocks, 5, rank, 0)])
     assert sorted(labels.tolist()) == list(range(1, 1000))
-    padded = ["pad_mask" in batch for batch in eval_loader(blocks, 5, rank, 0)]
+    padded = ["pad_mask" in batch for batch in eval_loader(blocks, 5, ranks(3)[0], 0)]
     assert padded[0] and not any(padded[1:])
 
 
+def test_shorter_inputs_are_padded_and_prefix_positions_move_along():
+    examples = [{"input_ids": np.arange(1, 6), "prefix_keep": np.array([0, 2])},
+                {"input_ids": np.arange(1, 4), "prefix_keep": np.array([0, 1])}]
+    batch = collate_padded(examples)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [0, 0, 1, 2, 3]]
+    assert batch["pad_mask"].tolist() == [[False] * 5, [True, True, False, False, False]]
+    assert batch["prefix_keep"].tolist() == [[0, 2], [2, 3]]
+    assert "pad_mask" not in collate_padded(examples[:1])
+
+
 class Noisy(torch.utils.data.Dataset):
-    """Ten numbers with a random one each."""
+    """Ten examples: a number, and noise from PyTorch's generator."""
 
     def __len__(self) -> int:
         return 10
@@ -205,10 +121,10 @@ def test_every_epoch_has_each_example_once_in_another_order():
     epochs = [tuple(numbers[start : start + 10]) for start in range(0, 40, 10)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and len(set(epochs)) == 4
     assert numbers[:10] != [Shuffled(Noisy(), 4, seed=1)[0, index]["number"] for index in range(10)]
-    assert shuffled[0, 1]["number"] == numbers[1]  # an earlier epoch again
+    assert shuffled[0, 1]["number"] == numbers[1]  # back in an earlier epoch
 
 
-def test_augmentation_is_a_function_of_the_key_and_disturbs_nothing():
+def test_augmentation_is_a_function_of_the_key_and_restores_the_generator():
     shuffled = Shuffled(Noisy(), batch_size=4, seed=0)
     torch.manual_seed(5)
     expected = torch.rand(2)
@@ -218,7 +134,7 @@ def test_augmentation_is_a_function_of_the_key_and_disturbs_nothing():
     assert torch.equal(shuffled[3, 2]["noise"], noise)
     others = [shuffled[3, 3], shuffled[4, 2], Shuffled(Noisy(), batch_size=4, seed=1)[3, 2]]
     assert not any(torch.equal(other["noise"], noise) for other in others)
-    batches = [list(train_loader(shuffled, TrainKeys(4, 2, ranks(1)[0], 2, 5), workers)) for workers in (0, 2)]
+    batches = [list(train_loader(shuffled, TrainKeys(4, 2, ONE, 2, 5), workers)) for workers in (0, 2)]
     assert torch.equal(batches[0][3]["noise"][0], noise)
     for a, b in zip(*batches, strict=True):
         assert torch.equal(a["number"], b["number"]) and torch.equal(a["noise"], b["noise"])
@@ -236,19 +152,296 @@ class Broken(Noisy):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_of_workers_are_one_line(workers):
     with pytest.raises(UserError) as error:
-        next(iter(eval_loader(Broken(), 2, ranks(1)[0], workers)))
+        next(iter(eval_loader(Broken(), 2, ONE, workers)))
     assert str(error.value) == "cannot read 0.png: it is truncated"
 
 
-def test_a_process_that_fails_with_workers_running_ends(tmp_path):
-    """At exit, Python ends its workers by a SIGTERM and waits for them: they must not ignore it."""
-    script = tmp_path / "leave.py"
-    script.write_text("""
-import builtins, sys, torch
+def run_python(tmp_path: Path, code: str) -> subprocess.CompletedProcess:
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    return subprocess.run([sys.executable, script], env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
+
+
+def test_a_process_with_running_workers_can_exit(tmp_path):
+    """At exit, Python sends SIGTERM to its workers and waits for them. So workers must not ignore the signal."""
+    result = run_python(tmp_path, """
+import builtins, torch
 from perceiver.data import eval_loader
 from perceiver.distributed import Ranks
 builtins.kept = iter(eval_loader([{"number": 1}] * 8, 2, Ranks(0, 1, torch.device("cpu")), 1))
 print(next(builtins.kept))
 """)
-    result = subprocess.run([sys.executable, script], env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
     assert result.returncode == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere fork is not safe")
+def test_workers_do_not_copy_the_corpus(tmp_path):
+    """This holds even if fork is not the default start method, as in Python 3.14."""
+    result = run_python(tmp_path, """
+import multiprocessing, torch
+from perceiver.data import eval_loader
+from perceiver.distributed import Ranks
+class Corpus(torch.utils.data.Dataset):
+    def __len__(self): return 4
+    def __getitem__(self, index): return {"number": index}
+    def __reduce__(self): raise RuntimeError("the corpus was pickled")
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    (batch,) = eval_loader(Corpus(), 4, Ranks(0, 1, torch.device("cpu")), 1)
+    assert batch["number"].tolist() == [0, 1, 2, 3]
+""")
+    assert result.returncode == 0
+
+
+def test_mistakes_in_the_config_are_named():
+    for values, message in (({"batch_size": 0}, "batch_size=0"), ({"num_workers": -1}, "num_workers=-1")):
+        with pytest.raises(UserError, match=f"data.{message} must"):
+            build(LoaderConfig, values, "data.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Splits of files
+
+
+def test_every_nth_item_is_held_out():
+    assert hold_out(list(range(20)), 0.1) == ([n for n in range(20) if n not in (5, 15)], [5, 15])
+    assert hold_out([1, 2], 0.01) == ([1], [2])
+
+
+def test_folders_are_held_out_whole():
+    root = Path("data")
+    files = [root / name for name in (
+        "alone.mid", "bach/fugue/a.mid", "bach/fugue/b.mid", "bach/fugue/slow/c.mid", "bach/prelude/a.mid",
+        "chopin/nocturne.mid", "chopin/op9/a.mid")]
+    train, val = hold_out_folders(root, files, 0.25)  # groups: alone.mid, bach/fugue, bach/prelude, chopin
+    assert val == [root / "bach/prelude/a.mid"]
+    assert sorted(train + val) == sorted(files)
+    train, val = hold_out_folders(root, files, 0.5)
+    assert val == files[1:4] + files[5:]
+
+
+def test_files_of_a_single_folder_are_split():
+    root = Path("data")
+    for folder in "", "pop/":
+        files = [root / f"{folder}{number}.mid" for number in range(10)]
+        assert hold_out_folders(root, files, 0.1) == (files[:5] + files[6:], files[5:6])
+
+
+def write(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    return root
+
+
+@pytest.mark.parametrize("held_out", ["val", "valid", "test"])
+def test_labelled_files_with_a_split(tmp_path, held_out):
+    write(tmp_path, "train/b/1.avi", "train/a/2.MP4", "train/a/.hidden.avi", "train/a/notes.txt",
+          f"{held_out}/a/x.avi", f"{held_out}/b/y.avi", "README")
+    train, val, note = labelled_files(tmp_path, (".avi", ".mp4"), 0.1)
+    assert train == {"a": [tmp_path / "train/a/2.MP4"], "b": [tmp_path / "train/b/1.avi"]}
+    assert val == {"a": [tmp_path / held_out / "a/x.avi"], "b": [tmp_path / held_out / "b/y.avi"]}
+    assert note == f"{tmp_path}: 2 examples for training, 2 for validation (train and {held_out})"
+
+
+def test_labelled_files_without_a_split(tmp_path):
+    write(tmp_path, *(f"{kind}/{n}.avi" for kind, end in (("a", 30), ("b", 12)) for n in range(10, end)))
+    train, val, note = labelled_files(tmp_path, (".avi",), 0.1)
+    assert {name: [file.name for file in files] for name, files in val.items()} == {
+        "a": ["15.avi", "25.avi"], "b": ["11.avi"]}
+    assert len(train["a"]) == 18 and len(train["b"]) == 1
+    assert note == f"{tmp_path}: 19 examples for training, 3 for validation (held out)"
+
+
+@pytest.mark.parametrize("names, message", [
+    ((), "fewer than two class folders"), (("a.avi",), "fewer than two class folders"),
+    (("a/1.avi", "a/2.avi"), "fewer than two class folders"),
+    (("a/1.avi", "b/1.txt", "b/.2.avi"), "no valid file for the classes b"),
+    (("a/1.avi", "b/1.avi"), "class a of .* has one example"),
+    (("train/a/1.avi", "train/b/1.avi", "val/a/1.avi", "val/c/1.avi"), "the same classes"),
+])
+def test_mistakes_in_folders_are_named(tmp_path, names, message):
+    write(tmp_path / "clips", *names)
+    with pytest.raises(UserError, match=message) as error:
+        labelled_files(tmp_path / "clips", (".avi",), 0.1)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Image files
+
+
+def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
+    shape = (height, width, channels) if channels > 1 else (height, width)
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def message(function, *args) -> str:
+    with pytest.raises(UserError) as error:
+        function(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(tmp_path, orientation):
+    upright = np.zeros((16, 24, 3), np.uint8)  # the quarters have different colors
+    upright[:8, :12], upright[:8, 12:], upright[8:, :12] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    # The array that a camera stores for each orientation. The EXIF standard says where row 0 and column 0 belong.
+    stored = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+              5: upright.swapaxes(0, 1), 6: np.rot90(upright), 7: upright[::-1, ::-1].swapaxes(0, 1),
+              8: np.rot90(upright, -1)}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "photo.png", exif=exif)
+    assert np.array_equal(read_image(tmp_path / "photo.png", 3), upright)
+
+
+def test_transparent_pixels_become_white(tmp_path):
+    image = np.zeros((1, 3, 4), np.uint8)  # three black pixels: transparent, half transparent, opaque
+    image[0, :, 3] = (0, 128, 255)
+    Image.fromarray(image).save(tmp_path / "rgba.png")
+    Image.fromarray(image[..., 2:]).save(tmp_path / "gray.png")  # gray with alpha
+    assert Image.open(tmp_path / "gray.png").mode == "LA"
+    for name in "rgba.png", "gray.png":
+        assert np.array(read_image(tmp_path / name, 3))[0].tolist() == [[255] * 3, [127] * 3, [0] * 3]
+        assert np.array(read_image(tmp_path / name, 1)).tolist() == [[255, 127, 0]]
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.save(tmp_path / "palette.png", transparency=0)
+    assert np.array(read_image(tmp_path / "palette.png", 3))[0].tolist() == [[255] * 3, [40, 50, 60]]
+    opaque = noise(9, 9, 4)
+    opaque[..., 3] = 255
+    assert np.array_equal(to_channels(Image.fromarray(opaque), 3), opaque[..., :3])
+
+
+def test_gray_and_color(tmp_path):
+    Image.fromarray(noise(9, 9, 1)).save(tmp_path / "gray.png")
+    Image.fromarray(noise(9, 9)).save(tmp_path / "color.png")
+    for name in "gray.png", "color.png":
+        assert read_image(tmp_path / name, 1).mode == "L" and read_image(tmp_path / name, 3).mode == "RGB"
+    assert np.array_equal(read_image(tmp_path / "color.png", 3), noise(9, 9))
+
+
+def test_unreadable_images_are_named(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    Image.fromarray(noise(8, 8, 1).astype(np.uint16) * 200).save(tmp_path / "deep.png")
+    png = tmp_path / "cut.png"
+    Image.fromarray(noise(64, 64)).save(png)
+    png.write_bytes(png.read_bytes()[:2000])
+    assert "text.png" in message(read_image, tmp_path / "text.png", 3)
+    assert "cut.png" in message(read_image, png, 3)
+    assert "8 bits" in message(read_image, tmp_path / "deep.png", 3)
+    assert "none.png: No such file" in message(read_image, tmp_path / "none.png", 3)
+
+
+def write_mnist(folder: Path, packed: bool = True, size: int = 28) -> np.ndarray:
+    """Writes 400 of scikit-learn's digits as MNIST's four files. Returns the training images."""
+    from sklearn.datasets import load_digits
+    digits = load_digits()
+    images = (digits.images * 15.9).astype(np.uint8)
+    if size == 28:
+        images = np.pad(np.repeat(np.repeat(images, 3, 1), 3, 2), ((0, 0), (2, 2), (2, 2)))
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, rows in (("train", slice(0, 300)), ("t10k", slice(300, 400))):
+        for kind, values in (("images-idx3", images[rows]), ("labels-idx1", digits.target[rows])):
+            header = struct.pack(f">HBB{values.ndim}I", 0, 8, values.ndim, *values.shape)
+            data = header + values.astype(np.uint8).tobytes()
+            file = folder / f"{part}-{kind}-ubyte{'.gz' if packed else ''}"
+            file.write_bytes(gzip.compress(data) if packed else data)
+    return images[:300]
+
+
+@pytest.mark.parametrize("place, packed, size", [("", True, 28), ("", False, 28), ("MNIST/raw", True, 28),
+                                                 ("", False, 8)])
+def test_mnist(tmp_path, place, packed, size):
+    images = write_mnist(tmp_path / place, packed, size)
+    train, val = (load_labelled_images("mnist", str(tmp_path), "nowhere", part) for part in (True, False))
+    assert np.array_equal(train.images, images) and train.images.dtype == np.uint8 and train.labels[17] == 7
+    assert len(val.images) == len(val.labels) == 100 and train.class_names == [str(n) for n in range(10)]
+
+
+def test_mnist_is_read_as_torchvision_reads_it(tmp_path):
+    write_mnist(tmp_path / "MNIST" / "raw", packed=False)
+    ours = load_labelled_images("mnist", None, str(tmp_path), train=False)  # no download
+    theirs = torchvision.datasets.MNIST(tmp_path, train=False)
+    assert np.array_equal(ours.images, theirs.data) and np.array_equal(ours.labels, theirs.targets)
+
+
+def write_cifar10(folder: Path, monkeypatch) -> np.ndarray:
+    """Writes twelve images as CIFAR-10's batches, and makes torchvision expect their checksums.
+
+    Returns the training images.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    images = np.stack([noise(32, 32, seed=n) for n in range(12)])
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    batches = {"batches.meta": {"label_names": names}}
+    for n, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
+        batches[name] = {"data": images[2 * n : 2 * n + 2].transpose(0, 3, 1, 2).reshape(2, 3072), "labels": [n, n + 1]}
+    md5 = {}
+    for name, batch in batches.items():
+        (folder / name).write_bytes(pickle.dumps(batch))
+        md5[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    kind = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(kind, "train_list", [[name, md5[name]] for name, _ in kind.train_list])
+    monkeypatch.setattr(kind, "test_list", [["test_batch", md5["test_batch"]]])
+    monkeypatch.setitem(kind.meta, "md5", md5["batches.meta"])
+    return images[:10]
+
+
+@pytest.mark.parametrize("place", ["", "cifar-10-batches-py"])
+def test_cifar10(tmp_path, place, monkeypatch):
+    images = write_cifar10(tmp_path / "cifar-10-batches-py", monkeypatch)
+    train, val = (load_labelled_images("cifar10", str(tmp_path / place), "nowhere", part) for part in (True, False))
+    assert np.array_equal(train.images, images) and list(train.labels) == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
+    assert len(val.images) == 2 and list(val.labels) == [5, 6] and val.class_names[9] == "truck"
+
+
+def run_by_pickle(file: str) -> dict:
+    Path(file).write_text("it ran")
+    return {}
+
+
+class Malicious:
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return run_by_pickle, (str(self.file),)
+
+
+@pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
+def test_changed_files_of_cifar10_are_not_opened(tmp_path, monkeypatch, name):
+    folder = tmp_path / "cifar-10-batches-py"
+    write_cifar10(folder, monkeypatch)
+    (folder / name).write_bytes(pickle.dumps(Malicious(tmp_path / "trace")))
+    assert "MD5" in message(load_labelled_images, "cifar10", str(tmp_path), "nowhere", True)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_mistakes_in_image_data_are_named(tmp_path, monkeypatch):
+    def load(dataset: str, folder: Path | None, cache_dir: Path = tmp_path) -> str:
+        return message(load_labelled_images, dataset, folder and str(folder), str(cache_dir), True)
+
+    assert "train-images-idx3-ubyte" in load("mnist", tmp_path)
+    assert "cifar-10-batches-py" in load("cifar10", tmp_path)
+    (tmp_path / "photos/cats").mkdir(parents=True)
+    for dataset in "mnist", "cifar10":
+        assert "your own images: data.dataset=imagefolder" in load(dataset, tmp_path / "photos")
+
+    write_mnist(tmp_path)
+    images = tmp_path / "train-images-idx3-ubyte.gz"
+    whole = images.read_bytes()
+    for content in (whole[:1000], gzip.compress(gzip.decompress(whole)[:-5]), b"junk", gzip.compress(b"junk, too")):
+        images.write_bytes(content)
+        assert f"cannot read {images}: " in load("mnist", tmp_path)
+    images.write_bytes((tmp_path / "t10k-images-idx3-ubyte.gz").read_bytes())
+    assert "(100, 28, 28) and (300,)" in load("mnist", tmp_path)
+
+    def no_network(*args, **kwargs):
+        raise RuntimeError("no\nnetwork")
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", no_network)
+    assert "no network" in load("cifar10", None, tmp_path / "cache")
+    monkeypatch.setattr(torchvision.datasets, "MNIST", no_network)
+    assert "no network" in load("mnist", None, tmp_path / "cache")

@@ -1,219 +1,230 @@
-"""Masked words and texts with labels."""
+"""Corpora of text and of token ids, and their split into training and validation."""
+import hashlib
+import pickle
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from perceiver.data import (IGNORE, ByteTokenizer, LabelledText, MaskedBlocks, MaskedTextDataConfig, MaskedWindows,
-                            Shuffled, TextClassificationDataConfig, TextDataConfig, Tokens, TrainKeys, eval_loader,
-                            load_labelled_text, load_text, train_loader)
-from perceiver.distributed import Ranks
+from perceiver import data
+from perceiver.config import build
+from perceiver.data import Corpus, CorpusConfig, load_corpus, split_part
 from perceiver.errors import UserError
 
-ONE = Ranks(0, 1, torch.device("cpu"))
-decode = ByteTokenizer().decode
+
+def load(path: Path, **config) -> Corpus:
+    return load_corpus(CorpusConfig(path=str(path), **config))
 
 
-def words_of(length: int, seed: int = 0) -> Tokens:
-    """Words of 1 to 9 bytes each, between whitespace of all kinds."""
-    rng = np.random.default_rng(seed)
-    text = b""
-    while len(text) < length:
-        text += bytes(rng.integers(97, 123, rng.integers(1, 10)).astype(np.uint8)) + rng.choice([b" ", b"\n", b"\t  "])
-    return Tokens(np.frombuffer(text[:length], np.uint8), 6)
+def texts(corpus: Corpus) -> tuple[str, str]:
+    return corpus.train.values.tobytes().decode(), corpus.val.values.tobytes().decode()
 
 
-def spans(ids: np.ndarray) -> list[slice]:
-    """The words, found by Python's own split."""
-    text, found, start = bytes((ids - 6).astype(np.uint8)), [], 0
-    for word in text.split():
-        start = text.index(word, start)
-        found.append(slice(start, start + len(word)))
-        start += len(word)
-    return found
-
-
-def test_whole_words_are_masked_as_often_as_they_should():
-    tokens = words_of(100_000)
-    example = MaskedWindows(tokens, len(tokens), 0.15, seed=0)[0, 0]
-    ids, inputs, labels = tokens[:], example["input_ids"], example["labels"]
-    words = spans(ids)
-    # Whole words are chosen, and nothing else.
-    chosen = [word for word in words if (labels[word] != IGNORE).any()]
-    assert all(np.array_equal(labels[word], ids[word]) for word in chosen)
-    assert (labels != IGNORE).sum() == sum(word.stop - word.start for word in chosen)
-    assert len(chosen) / len(words) == pytest.approx(0.15, abs=0.01)
-    assert np.array_equal(inputs[labels == IGNORE], ids[labels == IGNORE])
-
-    masked = [word for word in chosen if (inputs[word] == ByteTokenizer.MASK).any()]
-    assert all((inputs[word] == ByteTokenizer.MASK).all() for word in masked)
-    long = [word for word in chosen if word.stop - word.start > 3]  # four random bytes are hardly the same by chance
-    kept = [word for word in long if np.array_equal(inputs[word], ids[word])]
-    masked = [word for word in masked if word in long]
-    assert len(masked) / len(long) == pytest.approx(0.8, abs=0.04)
-    assert len(kept) / len(long) == pytest.approx(0.1, abs=0.03)
-    replaced = np.concatenate([inputs[word] for word in long if word not in masked and word not in kept])
-    assert replaced.min() >= 6 and replaced.max() < 262 and len(set(replaced)) > 240  # any bytes
-
-
-def test_masks_are_a_function_of_seed_step_and_index():
-    tokens = words_of(5000)
-    windows = MaskedWindows(tokens, 64, 0.15, seed=0)
-    assert all(np.array_equal(windows[3, 1][name], windows[3, 1][name]) for name in ("input_ids", "labels"))
-    for other in (windows[3, 2], windows[4, 1], MaskedWindows(tokens, 64, 0.15, seed=1)[3, 1]):
-        assert not np.array_equal(other["input_ids"], windows[3, 1]["input_ids"])
-    batches = [list(train_loader(windows, TrainKeys(4, 2, ONE, 0, 2), workers)) for workers in (0, 2)]
-    for a, b in zip(*batches, strict=True):
-        assert set(a) == {"input_ids", "labels"} and a["input_ids"].dtype == torch.long
-        assert all(torch.equal(a[name], b[name]) for name in a)
-    whole = MaskedWindows(Tokens(words_of(66).values, 6), 64, 0.15, 0)  # every place it can have
-    starts = {decode([t if l == IGNORE else l for t, l in zip(e["input_ids"], e["labels"])])
-              for e in (whole[step, 0] for step in range(40))}
-    assert len(starts) >= 3
-
-
-def test_validation_blocks_cover_the_text_with_fixed_masks():
-    tokens = words_of(150)
-    blocks = MaskedBlocks(tokens, 64, 0.15)
-    assert len(blocks) == 3
-    text = []
-    for index in range(3):
-        block, again = blocks[index], MaskedBlocks(tokens, 64, 0.15)[index]
-        assert all(np.array_equal(block[name], again[name]) for name in block)
-        real = ~block["pad_mask"]
-        chosen = block["labels"] != IGNORE
-        assert chosen.any() and not (chosen & ~real).any() and (block["input_ids"][~real] == ByteTokenizer.PAD).all()
-        assert chosen[block["input_ids"] == ByteTokenizer.MASK].all()
-        if index != 2:
-            assert real.all()
-        text += [np.where(chosen, block["labels"], block["input_ids"])[real]]
-    padded = blocks[2]["pad_mask"]
-    assert padded.tolist() == [False] * 22 + [True] * 42
-    batches = list(eval_loader(blocks, 2, ONE, 0))
-    assert "pad_mask" not in batches[0] and torch.equal(batches[1]["pad_mask"][0], torch.from_numpy(padded))
-
-
-def test_every_text_has_something_to_predict():
-    for text in (b"a", b"ab cd", b" x "):
-        labels = MaskedBlocks(Tokens(np.frombuffer(text, np.uint8), 6), 8, 0.01)[0]["labels"]
-        assert (labels != IGNORE).any()
-    assert (MaskedBlocks(Tokens(np.frombuffer(b" \n", np.uint8), 6), 8, 0.01)[0]["labels"] == IGNORE).all()
-    assert MaskedBlocks(Tokens(np.frombuffer(b"a b", np.uint8), 6), 3, 1.0)[0]["labels"].tolist() == [103, IGNORE, 104]
-    with pytest.raises(UserError, match="10 bytes.*max_seq_len=11"):
-        MaskedWindows(words_of(10), 11, 0.15, 0)
-    with pytest.raises(UserError, match="token ids"):
-        MaskedWindows(Tokens(np.arange(100)), 11, 0.15, 0)
-    with pytest.raises(ValueError, match="mask_prob=0"):
-        MaskedTextDataConfig(mask_prob=0)
-
-
-def write(root: Path, texts: dict[str, str | bytes]) -> Path:
-    for name, text in texts.items():
+def write(root: Path, *names: str) -> Path:
+    """Writes files. The text of each is its name, three times."""
+    for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        (root / name).write_text(f"<{name}>" * 3)
     return root
 
 
-def acl_imdb(root: Path) -> Path:
-    texts = {f"aclImdb/{split}/{kind}/{n}_{rating}.txt": f"{split} {kind} {n}"
-             for split in ("train", "test") for kind, rating in (("neg", 1), ("pos", 9)) for n in range(3)}
-    texts |= {"aclImdb/train/unsup/7_0.txt": "train unsup 7", "aclImdb/train/labeledBow.feat": "9 0:9",
-              "aclImdb/README": "no", "aclImdb/train/urls_pos.txt": "no"}
-    return write(root, texts)
+def text_of(*names: str) -> str:
+    return "".join(f"<{name}>" * 3 for name in names)
 
 
-def texts_of(examples: LabelledText) -> list[tuple[str, str]]:
-    return [(examples.class_names[example["label"]], decode(example["input_ids"]))
-            for example in (examples[n] for n in range(len(examples)))]
+def test_the_default_corpus_is_this_pythons_library():
+    corpus = load_corpus(CorpusConfig(val_fraction=0.02))
+    text = corpus.val.values.tobytes().decode("utf-8", "replace")
+    assert len(corpus.train) > 5_000_000 and len(corpus.val) > 50_000
+    assert text.count("\ndef ") > 50 and corpus.train.offset == 6 and not corpus.holds_ids
+    assert f"{len(corpus.val):,} of " in corpus.note and "lib-dynload" in corpus.note
+
+
+def test_own_text_as_file_and_folder(tmp_path):
+    (tmp_path / "a").mkdir()
+    for n in range(40):
+        (tmp_path / "a" / f"{n:02}.txt").write_text(f"<{n}>")
+    (tmp_path / "a" / ".hidden").write_text("no")
+    (tmp_path / "a" / "empty.txt").write_text("")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0no")
+    corpus = load(tmp_path, val_fraction=0.1)
+    assert corpus.val.values.tobytes() == b"<5><15><25><35>"
+    assert corpus.train.values.tobytes() == b"".join(b"<%d>" % n for n in range(40) if n % 10 != 5)
+    assert corpus.note == (f"{tmp_path}: 135 bytes of 00.txt, 01.txt, 02.txt, ... (36 in all) for training, 15 of "
+                           "05.txt, 15.txt, 25.txt, ... (4 in all) for validation; not used: picture.png")
+
+    file = tmp_path / "one.txt"
+    file.write_bytes(bytes(range(100)))
+    corpus = load(file, val_fraction=0.1, val_size=7)
+    assert corpus.train.values.tobytes() == bytes(range(90)) and corpus.val.values.tobytes() == bytes(range(90, 97))
+    assert corpus.train[:3].tolist() == [6, 7, 8]
+    assert corpus.note == f"{file}: 90 bytes of one.txt for training, 7 of the rest for validation"
+
+
+@pytest.mark.parametrize("name, dtype", [("ids.npy", np.int32), ("ids.bin", np.uint16), ("bytes.bin", np.uint8),
+                                         ("wide.bin", np.uint32)])
+def test_own_token_ids(tmp_path, name, dtype):
+    ids = np.arange(200).astype(dtype)
+    if dtype is np.uint32:
+        ids += 2**17
+    np.save(tmp_path / name, ids) if name.endswith("npy") else ids.tofile(tmp_path / name)
+    config = {"path": str(tmp_path / name)}
+    if name.endswith("bin"):
+        config["bin_dtype"] = np.dtype(dtype).name
+    corpus = load_corpus(build(CorpusConfig, config))
+    assert corpus.holds_ids and np.concatenate([corpus.train[:], corpus.val[:]]).tolist() == ids.tolist()
+    assert "190 token ids of " in corpus.note
+
+
+def test_a_config_is_parsed_without_its_data():
+    config = build(CorpusConfig, {"path": "/nowhere/ids.bin"})
+    assert pickle.loads(pickle.dumps(config)) == config
+    with pytest.raises(UserError, match="data.path=/nowhere/ids.bin does not exist"):
+        load_corpus(config)
+
+
+@pytest.mark.parametrize("names", [
+    ("wiki.train.raw", "wiki.valid.raw", "wiki.test.raw"), ("wiki.train.tokens", "wiki.valid.tokens"),
+    ("train.txt", "val.txt"), ("train.txt", "valid.txt", "test.txt"), ("train.txt", "dev.txt"),
+    ("ptb.train.txt", "ptb.valid.txt", "ptb.test.txt"), ("my-train.txt", "my-validation.txt"),
+    ("TRAIN.txt", "VALID.txt"),
+    ("train/a/b", "valid/c", "test/d"), ("train/a", "dev/b"), ("train-00000-of-00001.txt", "valid-00000-of-00001.txt"),
+    ("train.txt", "val.txt", "train.json", "README", "more/test.txt"),  # other files are not used
+    ("train.txt", "val.txt", "train.py", "test.py"),
+])
+def test_folders_with_a_split_of_their_own(tmp_path, names):
+    train, val = (next(name for name in names if split_part(Path(name).parts[0]) == part) for part in ("train", "val"))
+    corpus = load(write(tmp_path, *names))
+    assert texts(corpus) == (text_of(train), text_of(val))
+    for name in names:
+        assert (Path(name).parts[0] in corpus.note.partition("not used")[2]) == (name not in (train, val))
+
+
+def test_a_split_may_have_several_files(tmp_path):
+    names = [f"train-{n:05}-of-00003.txt" for n in range(3)]
+    corpus = load(write(tmp_path, *names, "validation-00000-of-00001.txt", "test-00000-of-00001.txt"))
+    assert texts(corpus) == (text_of(*names), text_of("validation-00000-of-00001.txt"))
+    assert corpus.note.endswith("for validation; not used: test-00000-of-00001.txt")
+
+
+def test_a_split_of_token_ids(tmp_path):
+    for n in range(3):
+        np.arange(10 * n, 10 * n + 10, dtype=np.uint16).tofile(tmp_path / f"{['train', 'train', 'val'][n]}_{n}.bin")
+    write(tmp_path, "input.txt", "prepare.py")  # like the folders of nanoGPT
+    corpus = load(tmp_path)
+    assert corpus.holds_ids
+    assert corpus.train[:].tolist() == list(range(20)) and corpus.val[:].tolist() == list(range(20, 30))
+    assert corpus.note == (f"{tmp_path}: 20 token ids of train_0.bin, train_1.bin for training, 10 of val_2.bin for "
+                           "validation; not used: input.txt, prepare.py")
+
+
+@pytest.mark.parametrize("names", [("train.txt", "test.txt"), ("train/a", "test/b")])
+def test_test_parts_are_never_used(tmp_path, names):
+    """Without a validation part, some of the training part is held out."""
+    corpus = load(write(tmp_path, *names), val_fraction=0.5)
+    assert "".join(texts(corpus)) == text_of(names[0])
+    assert corpus.note.endswith(f"not used: {Path(names[1]).parts[0]}")
+    # The same holds if the other words of the names differ, or if the folder is inside another folder.
+    other = write(tmp_path / "other", "train.txt", "test.md", "more.txt")
+    assert "".join(texts(load(other, val_fraction=0.5))) == text_of("more.txt", "train.txt")
+    write(tmp_path / "outer" / "inner", *names)
+    assert "".join(texts(load(tmp_path / "outer", val_fraction=0.5))) == text_of(names[0])
+
+
+def test_other_names_do_not_mark_a_split(tmp_path):
+    names = ["bus.txt", "latest.txt", "train.txt", "values.txt"]
+    assert "".join(texts(load(write(tmp_path / "vehicles", *names)))) == text_of(*names)
+    assert "".join(texts(load(write(tmp_path / "tests", "test.txt", "unit.txt")))) == text_of("test.txt", "unit.txt")
+    assert split_part("contrain.txt") is None and split_part("train.test") is None and split_part("test1") == "test"
+
+
+def test_two_corpora_in_one_folder(tmp_path):
+    write(tmp_path, *(f"ptb.{kind}{part}.txt" for kind in ("", "char.") for part in ("train", "valid", "test")))
+    with pytest.raises(UserError, match="several corpora, with ptb.char.train.txt and ptb.train.txt"):
+        load(tmp_path)
+
+
+def test_wikitext_is_unpacked_from_a_zip_that_is_there(tmp_path):
+    with zipfile.ZipFile(tmp_path / "wikitext-103-raw-v1.zip", "w") as archive:
+        for part in ("train", "valid", "test"):
+            archive.writestr(f"wikitext-103-raw/wiki.{part}.raw", f"text to {part}")
+    corpus = load_corpus(CorpusConfig(dataset="wikitext103", cache_dir=str(tmp_path)))
+    assert texts(corpus) == ("text to train", "text to valid")
+    assert corpus.note.endswith("not used: wiki.test.raw")
+
+
+def test_enwik8_is_split_as_customary(tmp_path, monkeypatch):
+    content = np.arange(100_000_000, dtype=np.uint32).astype(np.uint8).tobytes()
+
+    def pack() -> None:
+        with zipfile.ZipFile(tmp_path / "enwik8.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            archive.writestr("enwik8", content)
+
+    config = CorpusConfig(dataset="enwik8", cache_dir=str(tmp_path), val_size=10**9)
+    pack()
+    with pytest.raises(UserError, match="checksum"):
+        load_corpus(config)
+    monkeypatch.setattr(data.DOWNLOADS["enwik8"], "unpacked_md5", hashlib.md5(content).hexdigest())
+    pack()
+    corpus = load_corpus(config)
+    assert (len(corpus.train), len(corpus.val)) == (90_000_000, 5_000_000)
+    assert corpus.val[:1] == 90_000_000 % 256 + 6
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_imdb(tmp_path, packed):
-    acl_imdb(tmp_path)
+def test_imdb_validates_on_held_out_reviews_and_leaves_the_test_set_alone(tmp_path, packed, monkeypatch):
+    root = tmp_path / "aclImdb"
+    for part in "train", "test":
+        for kind, rating in (("neg", 1), ("pos", 9)):
+            for n in range(3):
+                file = root / part / kind / f"{n}_{rating}.txt"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(f"{part} {kind} {n}")
+    write(root, "train/labeledBow.feat", "README", "train/urls_pos.txt")
+    (root / "train/unsup").mkdir()
+    (root / "train/unsup/7_0.txt").write_text("train unsup 7")
     if packed:
-        with tarfile.open(tmp_path / "aclImdb_v1.tar.gz", "w:gz") as archive:
-            archive.add(tmp_path / "aclImdb", "aclImdb")
-        (tmp_path / "aclImdb").rename(tmp_path / "elsewhere")
-    config = TextClassificationDataConfig(dataset="imdb", cache_dir=str(tmp_path))
-    train, val = load_labelled_text(config, max_seq_len=20)
-    assert train.class_names == val.class_names == ["neg", "pos"]
-    for examples, split in ((train, "train"), (val, "test")):
-        assert texts_of(examples) == [(kind, f"{split} {kind} {n}") for kind in ("neg", "pos") for n in range(3)]
-    train, val = load_text(TextDataConfig(dataset="imdb", cache_dir=str(tmp_path)))
-    assert train.values.tobytes().decode().split("\n\n") == [
-        "train neg 0", "train pos 0", "train neg 1", "train pos 1", "train neg 2", "train pos 2", "train unsup 7"]
-    assert val.values.tobytes().decode().split("\n\n")[:2] == ["test neg 0", "test pos 0"]
+        archive = tmp_path / "aclImdb_v1.tar.gz"
+        with tarfile.open(archive, "w:gz") as tar:
+            tar.add(root, "aclImdb")
+        root.rename(tmp_path / "elsewhere")
+        monkeypatch.setattr(data.DOWNLOADS["imdb"], "md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    corpus = load_corpus(CorpusConfig(dataset="imdb", cache_dir=str(tmp_path), val_fraction=0.25))
+    train, val = ([review for review in text.split("\n\n") if review] for text in texts(corpus))
+    assert train == ["train neg 0", "train pos 0", "train pos 1", "train neg 2", "train pos 2"]
+    assert val == ["train neg 1", "train unsup 7"]  # every fourth review, in an order that mixes the classes
+    assert corpus.note.endswith("not used: README, test")
 
 
-@pytest.mark.parametrize("held_out", ["val", "test"])
-def test_own_texts_with_a_split(tmp_path, held_out):
-    write(tmp_path, {"train/b/1.txt": "é!", "train/a/1.txt": b"\xff\0long text", f"{held_out}/a/1.txt": "x",
-                     f"{held_out}/b/2.txt": "y", "train/b/2.txt": ""})
-    train, val = load_labelled_text(TextClassificationDataConfig(path=str(tmp_path)), max_seq_len=6)
-    assert [(train.class_names[label], text) for text, label in zip(train.texts, train.labels)] == [
-        ("a", b"\xff\0long"), ("b", "é!".encode())]
-    example = train[1]
-    assert example["input_ids"].tolist() == [0xc3 + 6, 0xa9 + 6, 33 + 6, 0, 0, 0] and example["label"] == 1
-    assert example["pad_mask"].tolist() == [False] * 3 + [True] * 3
-    assert texts_of(val) == [("a", "x"), ("b", "y")]
-    batch = next(iter(train_loader(Shuffled(train, 2, 0), TrainKeys(2, 1, ONE, 0, 1), 0)))
-    assert batch["input_ids"].shape == batch["pad_mask"].shape == (2, 6) and sorted(batch["label"].tolist()) == [0, 1]
+def test_missing_data_says_what_to_do(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(UserError, match="no network.*wikitext-103-raw-v1.zip.*data.path="):
+        load_corpus(CorpusConfig(dataset="wikitext103", cache_dir=str(tmp_path)))
+    floats = tmp_path / "floats.npy"
+    np.save(floats, np.zeros(3))
+    for path, content, message in (("none.txt", None, "does not exist"), ("void.txt", b"", "empty"),
+                                   ("bad.npy", b"junk", "cannot read"), ("one.txt", b"a", "1 for validation"),
+                                   ("odd.bin", b"abc", "cannot read .*odd.bin"),
+                                   ("floats.npy", floats.read_bytes(), "token ids must be integers")):
+        if content is not None:
+            (tmp_path / path).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            load(tmp_path / path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="no text files"):
+        load(tmp_path / "folder")
+    write(tmp_path / "split", "train.txt", "valid.txt")
+    (tmp_path / "split" / "valid.txt").write_text("")
+    with pytest.raises(UserError, match="cannot read .*valid.txt: .*empty"):
+        load(tmp_path / "split")
 
 
-def test_own_texts_without_a_split(tmp_path):
-    write(tmp_path, {f"{kind}/{n}.txt": f"{kind}{n}" for kind, end in (("a", 30), ("b", 12)) for n in range(10, end)})
-    train, val = load_labelled_text(TextClassificationDataConfig(path=str(tmp_path), val_fraction=0.1), max_seq_len=6)
-    assert texts_of(val) == [("a", "a15"), ("a", "a25"), ("b", "b11")]
-    assert len(train) == 19 and not set(texts_of(train)) & set(texts_of(val))
-
-
-def test_packages_of_the_standard_library():
-    train, val = load_labelled_text(TextClassificationDataConfig(), max_seq_len=512)
-    names = train.class_names
-    assert names == val.class_names and 5 <= len(names) <= 10 and "asyncio" in names
-    assert len(train) > 2000 and len(val) > 100 and set(val.labels) == set(train.labels)
-    seen = set(train.texts)  # no file is in both, but tables of encodings are alike
-    shared = {names[label] for text, label in zip(val.texts, val.labels) if len(text) > 400 and text in seen}
-    assert shared <= {"encodings"}
-    assert all(len(text) <= 512 for text in train.texts)
-    assert sum(len(text) == 512 for text in train.texts) > 0.8 * len(train)
-
-
-def test_pieces_are_all_of_a_file_but_a_short_rest(tmp_path):
-    write(tmp_path, {"1": "abcdefgh", "2": "abcdefghij", "3": "ab", "4": ""})
-    files = {"a": [tmp_path / name for name in "1234"]}
-    assert LabelledText(files, 6, pieces=True).texts == [b"abcdef", b"abcdef", b"ghij", b"ab"]
-    assert LabelledText(files, 6).texts == [b"abcdef", b"abcdef", b"ab"]
-
-
-@pytest.mark.parametrize("texts, message", [
-    ({}, "not a folder"),
-    ({"a.txt": "x"}, "no class folders"),
-    ({"a/1.txt": "x", "a/2.txt": "x"}, "no class folders"),
-    ({"a/1.txt": "x", "b/1.md": "x"}, "b holds no .txt files"),
-    ({"a/1.txt": "x", "b/1.txt": "x"}, "a holds one file"),
-    ({"train/a/1.txt": "x", "train/b/1.txt": "x", "val/a/1.txt": "x", "val/c/1.txt": "x"}, "the same classes"),
-])
-def test_mistakes_in_folders_are_named(tmp_path, texts, message):
-    write(tmp_path / "texts", texts)
-    with pytest.raises(UserError, match=message) as error:
-        load_labelled_text(TextClassificationDataConfig(path=str(tmp_path / "texts")), 8)
-    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_broken_archive_or_download_says_what_to_do(tmp_path, monkeypatch):
-    config = TextClassificationDataConfig(dataset="imdb", cache_dir=str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, file: Path(file).write_bytes(b"not this"))
-    with pytest.raises(UserError, match="wrong checksum.*aclImdb_v1.tar.gz"):
-        load_labelled_text(config, 8)
-    assert not (tmp_path / "aclImdb_v1.tar.gz").exists()
-    acl_imdb(tmp_path / "whole")
-    with tarfile.open(tmp_path / "whole.tar.gz", "w:gz") as archive:
-        archive.add(tmp_path / "whole" / "aclImdb", "aclImdb")
-    whole = (tmp_path / "whole.tar.gz").read_bytes()
-    (tmp_path / "aclImdb_v1.tar.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="aclImdb_v1.tar.gz") as error:
-        load_labelled_text(config, 8)
-    assert "\n" not in str(error.value)
+def test_mistakes_in_the_config_are_named():
+    for key, value in (("dataset", "c4"), ("bin_dtype", "float32"), ("val_fraction", 0.6), ("val_size", 1)):
+        with pytest.raises(UserError, match=f"data.{key}="):
+            build(CorpusConfig, {key: value}, "data.")

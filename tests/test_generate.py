@@ -8,7 +8,7 @@ from conftest import run_script, run_train
 
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
-    """A model that knows one sentence."""
+    """The checkpoint of a model that knows one sentence."""
     folder = tmp_path_factory.mktemp("generate")
     (folder / "text.txt").write_text("the quick brown fox. " * 500)
     result = run_train(f"data.path={folder}/text.txt", f"train.out_dir={folder}/run", "train.max_steps=300",
@@ -44,7 +44,7 @@ def test_cache_stride_prompt_and_batch(ckpt, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--compile", "--dtype", "int8"]])
-def test_other_weights_write_the_same_text(ckpt, options):
+def test_other_dtypes_write_the_same_text(ckpt, options):
     result = sample(ckpt, "--prompt", "the quick", "--max-new-tokens", "75", "--temperature", "0", *options)
     assert result.returncode == 0, result.stderr
     assert result.stdout == ("the quick brown fox. " * 5)[:84] + "\n"
@@ -73,9 +73,28 @@ def test_mistakes_are_one_line_and_exit_code_2(ckpt, args, message):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
+def test_a_run_folder_stands_for_its_best_checkpoint(ckpt, tmp_path):
+    args = ["--prompt", "the", "--max-new-tokens", "9", "--temperature", "0"]
+    run = ckpt.parent.parent
+    assert sample(run, *args).stdout == sample(run / "checkpoints/best.pt", *args).stdout != ""
+
+
+def test_options_of_other_tasks_are_refused(ckpt):
+    for option in (["--out", "x.mid"], ["--piano-roll", "x.png"]):
+        result = sample(ckpt, "--prompt", "a", *option)
+        assert result.returncode == 2 and f"{option[0]} is not for task causal_lm" in result.stderr
+
+
+def test_help_shows_the_defaults(ckpt):
+    text = " ".join(run_script("generate.py", "--help").stdout.split())
+    assert "0 always takes the most likely token; default: 0.8" in text and "to generate; default: 512" in text
+
+
 def test_a_bad_checkpoint_is_one_line_and_exit_code_2(ckpt, tmp_path):
     (tmp_path / "cut.pt").write_bytes(ckpt.read_bytes()[:5000])
     (tmp_path / "text.pt").write_text("hello")
-    for name in ("nowhere.pt", "cut.pt", "text.pt"):
+    (tmp_path / "README.md").write_text("# hello")
+    for name in ("nowhere.pt", "cut.pt", "text.pt", "README.md", "nowhere"):
         result = sample(tmp_path / name, "--prompt", "a")
         assert result.returncode == 2 and name in result.stderr and result.stderr.count("\n") == 1
+        assert "weights_only" not in result.stderr

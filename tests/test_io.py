@@ -1,301 +1,140 @@
-"""Perceiver and Perceiver IO: against krasserm's code, a plain formula, and by properties of the architecture."""
-import subprocess
-import sys
+"""Reading and writing files: caches, downloads, names of output files."""
+import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from perceiver.adapters import ClassificationOutput, LinearOutput, TrainableQueries
-from perceiver.architectures import (ImageClassifierConfig, ImageInputConfig, MaskedLMConfig, TextClassifierConfig,
-                                     TokenInputConfig)
-from perceiver.model import (Attention, CrossAttentionLayer, Perceiver, PerceiverDecoder, PerceiverDecoderConfig,
-                             PerceiverEncoder, PerceiverEncoderConfig, PerceiverIO)
-
-GOLDEN = Path(__file__).parent / "golden"
+from perceiver import io
+from perceiver.errors import UserError, reading, reason
 
 
-def randomize(model: nn.Module, std: float = 0.3) -> nn.Module:
-    """Weights that are far from their initial values: biases and norms matter too."""
-    torch.manual_seed(1)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=std)
-    return model.eval()
+def test_numbers_in_names_are_ordered_by_value():
+    assert sorted(["10.png", "9.png", "b2", "b10"], key=io.natural_key) == ["9.png", "10.png", "b2", "b10"]
 
 
-def encoder(num_latents: int = 6, num_latent_channels: int = 16, num_input_channels: int = 11, **kwargs):
-    config = PerceiverEncoderConfig(**dict(num_cross_attention_heads=1, num_self_attention_heads=2,
-                                           num_self_attention_layers_per_block=2) | kwargs)
-    return randomize(PerceiverEncoder(config, num_latents, num_latent_channels, num_input_channels))
+def test_hidden_files_are_not_visible(tmp_path):
+    for name in ("b/x", "a", ".hidden", ".folder/y", "b/.z"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert [str(file.relative_to(tmp_path)) for file in io.visible_files(tmp_path)] == ["a", "b/x"]
 
 
-def masked_lm() -> PerceiverIO:
-    config = MaskedLMConfig(6, 16, PerceiverEncoderConfig(2), PerceiverDecoderConfig(2, cross_attention_residual=False),
-                            TokenInputConfig(num_input_channels=12, max_seq_len=20, vocab_size=30))
-    return randomize(config.build())
+def test_a_cache_is_made_once_and_whole(tmp_path):
+    file = tmp_path / "cache" / "array.npy"
+    calls = []
+
+    def make():
+        calls.append(1)
+        return np.arange(5)
+
+    for _ in range(2):
+        array = io.cached_array(file, make)
+        assert array.tolist() == [0, 1, 2, 3, 4] and isinstance(array, np.memmap)
+    assert calls == [1] and [path.name for path in file.parent.iterdir()] == ["array.npy"]
+
+    def fail():
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        io.cached_array(tmp_path / "other.npy", fail)
+    assert not (tmp_path / "other.npy").exists()
+    file.write_bytes(b"damaged")
+    with pytest.raises(UserError, match="cannot read .*array.npy"):
+        io.cached_array(file, make)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Against others
+def test_digests_change_with_their_parts():
+    parts = [("a",), ("b",), ("a", "b"), (np.arange(3),), (np.arange(4),)]
+    assert len({io.digest(*part) for part in parts}) == len(parts)
+    assert io.digest("a", np.arange(3)) == io.digest("a", np.arange(3))
 
 
-KRASSERM = {  # their names, and ours
-    "param:": "", "0.latent_provider._query": "encoder.latents.weight", "0.cross_attn_1.": "encoder.cross_attention.0.",
-    "0.cross_attn_n.": "encoder.cross_attention.1.", "0.self_attn_1.": "encoder.self_attention.0.",
-    "0.self_attn_n.": "encoder.self_attention.1.", "1.output_query_provider._query": "query_provider.table.weight",
-    "1.output_adapter.": "output_adapter.", "1.cross_attn.": "decoder.cross_attention.", ".0.module.": ".",
-    ".1.module.": ".mlp.", ".q_proj.": ".q.", ".k_proj.": ".k.", ".v_proj.": ".v.", ".o_proj.": ".out."}
+@pytest.fixture
+def download(tmp_path):
+    """A dataset to download. tmp_path/served.zip is the archive that its URL would serve."""
+    with zipfile.ZipFile(tmp_path / "served.zip", "w") as archive:
+        archive.writestr("corpus", "text")
+    return io.Download(url="http://nowhere/corpus.zip", unpacked="corpus")
 
 
-def test_repeated_cross_attention_equals_krasserm():
-    file = np.load(GOLDEN / "krasserm" / "io-repeated-cross-attention.npz")
-    ours = {}
-    for key in file:
-        name = key
-        for theirs, our in KRASSERM.items():
-            name = name.replace(theirs, our)
-        if key.startswith("param:"):
-            ours[name] = torch.from_numpy(file[key]).float()
-    config = ImageClassifierConfig(
-        6, 32, PerceiverEncoderConfig(1, num_cross_attention_layers=2, num_self_attention_blocks=3,
-                                      num_self_attention_layers_per_block=2, num_self_attention_heads=4,
-                                      first_self_attention_block_shared=False, activation="gelu"),
-        PerceiverDecoderConfig(2, num_cross_attention_qk_channels=24, num_query_channels=24, activation="gelu"), 7,
-        ImageInputConfig((12, 10, 1), num_frequency_bands=5))
-    model = config.build().eval()
-    model.load_state_dict(ours)
-    images = torch.from_numpy(file["images"]).float().movedim(-1, 1)
-    torch.testing.assert_close(model(images), torch.from_numpy(file["logits"]), atol=1e-5, rtol=0)
+def serve(monkeypatch, content: bytes) -> list[str]:
+    """Replaces downloads: each writes `content`. Returns the list of requested URLs, which grows."""
+    asked = []
+
+    def download(url, file, hash_prefix):
+        asked.append(url)
+        Path(file).write_bytes(content)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
+    return asked
 
 
-def encoder_config(**kwargs) -> PerceiverEncoderConfig:
-    return PerceiverEncoderConfig(**dict(num_cross_attention_heads=1, num_self_attention_blocks=8) | kwargs)
+def test_a_data_set_is_downloaded_once(tmp_path, monkeypatch, download):
+    asked = serve(monkeypatch, (tmp_path / "served.zip").read_bytes())
+    for _ in range(2):
+        assert io.fetch("corpus", download, tmp_path / "data").read_text() == "text"
+    assert asked == ["http://nowhere/corpus.zip"]
+    (tmp_path / "data" / "corpus").unlink()
+    assert io.fetch("corpus", download, tmp_path / "data").read_text() == "text"  # from the archive in data/
+    assert len(asked) == 1
 
 
-COUNTS = {
-    "masked LM": (201_108_230, MaskedLMConfig(
-        256, 1280, PerceiverEncoderConfig(8, 256, 1280, num_self_attention_layers_per_block=26,
-                                          num_self_attention_qk_channels=256, num_self_attention_v_channels=1280),
-        PerceiverDecoderConfig(8, 256, 768, cross_attention_residual=False))),
-    "Fourier": (48_440_627, ImageClassifierConfig(512, 1024, encoder_config(), PerceiverDecoderConfig(1), 1000)),
-    "learned": (62_255_848, ImageClassifierConfig(
-        512, 1024, encoder_config(), PerceiverDecoderConfig(1), 1000,
-        ImageInputConfig(features="conv1x1", num_feature_channels=256, positions="trainable"))),
-    "conv": (48_646_522, ImageClassifierConfig(512, 1024, encoder_config(), PerceiverDecoderConfig(1), 1000,
-                                               ImageInputConfig(features="conv"))),
-    "Perceiver": (44_912_254, ImageClassifierConfig(
-        512, 1024, encoder_config(num_cross_attention_layers=8), None, 1000)),
-    "Perceiver, one cross-attention": (42_135_859, ImageClassifierConfig(512, 1024, encoder_config(), None, 1000)),
-    "Perceiver, first one shared": (42_135_859, ImageClassifierConfig(512, 1024, encoder_config(
-        num_cross_attention_layers=8, first_cross_attention_layer_shared=True), None, 1000)),
-    "MNIST": (907_212, ImageClassifierConfig(
-        32, 128, encoder_config(num_cross_attention_layers=2, num_self_attention_blocks=3,
-                                num_self_attention_layers_per_block=3, first_self_attention_block_shared=False),
-        PerceiverDecoderConfig(1), 10, ImageInputConfig((28, 28, 1), num_frequency_bands=32))),
-}
+def test_a_truncated_download_does_not_stay(tmp_path, monkeypatch, download):
+    whole = (tmp_path / "served.zip").read_bytes()
+    serve(monkeypatch, whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="data.dataset=corpus .*put corpus.zip or its content corpus into"):
+        io.fetch("corpus", download, tmp_path / "data")
+    assert list((tmp_path / "data").glob("*.zip")) == []
+    download.unpacked_md5 = "0" * 32
+    serve(monkeypatch, whole)
+    with pytest.raises(UserError, match="wrong checksum"):
+        io.fetch("corpus", download, tmp_path / "data")
+    assert list((tmp_path / "data").glob("*.zip")) == [] and not (tmp_path / "data" / "corpus").exists()
+    download.unpacked_md5 = None
+    assert io.fetch("corpus", download, tmp_path / "data").read_text() == "text"
 
 
-@pytest.mark.parametrize("name", COUNTS)
-def test_parameter_counts_of_published_models(name):
-    count, config = COUNTS[name]
-    with torch.device("meta"):
-        model = config.build()
-    assert sum(parameter.numel() for parameter in model.parameters()) == count
+def test_an_archive_of_the_user_is_never_deleted(tmp_path, monkeypatch, download):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "corpus.zip").write_bytes(b"broken")
+    with pytest.raises(UserError, match="corpus.zip"):
+        io.fetch("corpus", download, tmp_path / "data")
+    assert (tmp_path / "data" / "corpus.zip").read_bytes() == b"broken"
 
 
-@pytest.mark.parametrize("qk, v", [(15, 15), (6, 33), (48, 9)])
-@pytest.mark.parametrize("masked", [False, True])
-def test_heads_of_any_width_equal_the_plain_formula(qk, v, masked):
-    attention = randomize(Attention(10, 13, 3, qk, v))
-    x_q, x_kv = torch.randn(2, 5, 10), torch.randn(2, 7, 13)
-    mask = torch.rand(2, 1, 5, 7) < 0.6 if masked else torch.ones(2, 1, 5, 7, dtype=torch.bool)
-    mask[0, :, 2] = not masked  # looks nowhere: gets zeros
-    q, k, value = (linear(x).unflatten(-1, (3, -1)).transpose(1, 2)
-                   for linear, x in ((attention.q, x_q), (attention.k, x_kv), (attention.v, x_kv)))
-    weights = (q @ k.mT / (qk / 3) ** 0.5).masked_fill(~mask, -1e30).softmax(-1) * mask.any(-1, keepdim=True)
-    expected = attention.out((weights @ value).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(attention(x_q, x_kv, mask if masked else None), expected)
-    torch.testing.assert_close(attention.weights(x_q, x_kv, mask), weights)
+def test_output_names(tmp_path):
+    files = io.output_files(str(tmp_path / "new" / "a.mid"), 2, (".mid", ".midi"))
+    assert [file.name for file in files] == ["a-1.mid", "a-2.mid"] and (tmp_path / "new").is_dir()
+    assert io.output_files(str(tmp_path / "a.MID"), 1, (".mid",)) == [tmp_path / "a.MID"]
+    for name in ("a.txt", ""):
+        with pytest.raises(UserError, match="must end in .mid or .midi"):
+            io.output_files(str(tmp_path / name), 1, (".mid", ".midi"))
+    (tmp_path / "one.png").write_text("")
+    inputs = [str(tmp_path / "one.png"), str(tmp_path / "one.png"), "some text"]
+    assert [name for _, name in io.progress(inputs)] == ["one", "one-2", "text"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Properties
+def test_options_that_a_task_does_not_take(capsys):
+    task = Namespace(name="copy", options=("tokenizer",))
+    io.check_options(task, Namespace(tokenizer="t.json", piano_roll=None), ("tokenizer", "piano_roll"))
+    with pytest.raises(UserError, match="--piano-roll is not for task copy"):
+        io.check_options(task, Namespace(tokenizer=None, piano_roll="x.png"), ("tokenizer", "piano_roll"))
 
 
-@pytest.mark.parametrize("first_cross_shared, first_block_shared", [(True, True), (False, False), (False, True)])
-def test_encoder_runs_the_layers_in_order_with_shared_weights(first_cross_shared, first_block_shared):
-    model = encoder(num_cross_attention_layers=3, num_self_attention_blocks=4,
-                    first_cross_attention_layer_shared=first_cross_shared,
-                    first_self_attention_block_shared=first_block_shared)
-    x = torch.randn(2, 9, 11)
-    cross = [model.cross_attention[0]] + [model.cross_attention[-1]] * 2
-    blocks = [model.self_attention[0]] + [model.self_attention[-1]] * 3
-    assert len(set(cross)) == 2 - first_cross_shared and len(set(blocks)) == 2 - first_block_shared
-    expected = model.latents.weight.expand(2, -1, -1)
-    for i, block in enumerate(blocks):
-        if i < 3:
-            expected = cross[i](expected, x)
-        for layer in block:
-            expected = layer(expected)
-    normed = []
-    for layer in model.cross_attention:
-        layer.kv_norm.register_forward_hook(lambda *_: normed.append(1))
-    torch.testing.assert_close(model(x), expected)
-    assert len(normed) == len(model.cross_attention)  # keys and values of shared layers are made once
+def test_packages_that_are_missing_are_named():
+    with pytest.raises(UserError, match="MIDI files needs the package no_such_package: pip install no_such_package"):
+        io.import_optional("no_such_package", "reading MIDI files")
 
 
-@pytest.mark.parametrize("num_cross_attention_layers", [1, 3])
-def test_activation_checkpointing_changes_nothing(num_cross_attention_layers):
-    x, gradients = torch.randn(2, 9, 11), []
-    for checkpointing in (False, True):
-        model = encoder(num_cross_attention_layers=num_cross_attention_layers, num_self_attention_blocks=3,
-                        activation_checkpointing=checkpointing).train()
-        model(x).square().sum().backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    torch.testing.assert_close(*gradients)
-
-
-def test_padding_is_not_looked_at():
-    model, ids = masked_lm(), torch.randint(30, (2, 20))
-    pad_mask = torch.arange(20) >= torch.tensor([[20], [13]])  # (2, 20)
-    other = torch.where(pad_mask, torch.randint(30, (2, 20)), ids)
-    logits = model(ids, pad_mask)
-    torch.testing.assert_close(model(other, pad_mask), logits)
-    torch.testing.assert_close(model(ids[1:, :13]), logits[1:, :13])  # shorter input, as many outputs
-    assert not torch.allclose(model(other)[1], logits[1])
-
-
-def test_all_padding_gives_finite_outputs_and_gradients():
-    model, ids = masked_lm(), torch.randint(30, (2, 20))
-    pad_mask = torch.tensor([[False] * 20, [True] * 20])
-    logits = model(ids, pad_mask)
-    logits.sum().backward()
-    assert logits.isfinite().all() and all(parameter.grad.isfinite().all() for parameter in model.parameters())
-    torch.testing.assert_close(model((ids + 1) % 30, pad_mask)[1], logits[1])
-
-
-def test_a_subset_of_outputs_equals_all_outputs_there():
-    model, ids = masked_lm(), torch.randint(30, (2, 20))
-    logits = model(ids)
-    for positions in (torch.tensor([7]), torch.tensor([3, 19, 0, 3])):
-        torch.testing.assert_close(model(ids, output_positions=positions), logits[:, positions])
-    positions = torch.tensor([[1, 2], [18, 5]])
-    torch.testing.assert_close(model(ids, output_positions=positions), logits[torch.arange(2)[:, None], positions])
-
-
-def test_masked_queries_read_nothing():
-    decoder = randomize(PerceiverDecoder(PerceiverDecoderConfig(2, cross_attention_residual=False), 16, 12))
-    queries, latents = torch.randn(2, 5, 12), torch.randn(2, 6, 16)
-    mask = torch.tensor([[False, True, False, False, True], [True] * 5])
-    out, layer = decoder(queries, latents, mask), decoder.cross_attention
-    torch.testing.assert_close(out[~mask], decoder(queries, latents)[~mask])
-    nothing = layer.attention.out.bias  # of zeros
-    torch.testing.assert_close(out[mask], (nothing + layer.mlp(nothing)).expand(7, -1))
-
-
-def test_query_residual():
-    for residual in (True, False):
-        layer = randomize(CrossAttentionLayer(12, 16, 2, query_residual=residual))
-        x = torch.randn(2, 5, 12)
-        nn.init.zeros_(layer.mlp[-1].weight), nn.init.zeros_(layer.mlp[-1].bias)
-        nn.init.zeros_(layer.attention.out.weight), nn.init.zeros_(layer.attention.out.bias)
-        torch.testing.assert_close(layer(x, torch.randn(2, 3, 16)), x * residual)
-
-
-def test_perceiver_outputs_come_from_the_mean_of_the_latents():
-    core, x = encoder(), torch.randn(2, 9, 11)
-    model = Perceiver(nn.Identity(), core, ClassificationOutput(16, 3))
-    torch.testing.assert_close(model(x), model.output_adapter.linear(core(x).mean(1)))
-
-
-def test_attention_map_is_what_the_first_cross_attention_does():
-    model, x = encoder(num_input_channels=12, num_cross_attention_heads=2), torch.randn(2, 9, 12)
-    pad_mask = torch.arange(9) >= torch.tensor([[9], [5]])
-    weights = model.attention_map(x, [4, 1], pad_mask)  # (2, 2, 2, 9)
-    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 2))
-    assert (weights[1, :, :, 5:] == 0).all()
-    layer, latents = model.cross_attention[0], model.latents.weight.expand(2, -1, -1)
-    v = layer.attention.v(layer.kv_norm(x)).unflatten(-1, (2, -1)).transpose(1, 2)  # (B, H, M, C/H)
-    read = layer.attention.out((weights @ v).transpose(1, 2).flatten(2))
-    torch.testing.assert_close(
-        read, layer.attention(layer.q_norm(latents), layer.kv_norm(x), ~pad_mask[:, None, None])[:, [4, 1]])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    model = randomize(COUNTS["MNIST"][1].build(), std=0.1)
-    images = torch.randn(2, 1, 28, 28)
-    with torch.autocast("cpu", dtype):
-        logits = model(images)
-    torch.testing.assert_close(logits.float(), model(images), atol=0.1, rtol=0.1)
-
-
-def test_transfer_of_a_masked_lm_encoder():
-    source = masked_lm()
-    config = TextClassifierConfig(6, 16, PerceiverEncoderConfig(2), PerceiverDecoderConfig(2), 3,
-                                  TokenInputConfig(num_input_channels=12, max_seq_len=20, vocab_size=30))
-    model, ids = config.build().eval(), torch.randint(30, (2, 20))
-    model.input_adapter.load_state_dict(source.input_adapter.state_dict())
-    model.encoder.load_state_dict(source.encoder.state_dict())
-    torch.testing.assert_close(model.encoder(model.input_adapter(ids)), source.encoder(source.input_adapter(ids)))
-    assert model(ids).shape == (2, 3)
-
-
-def test_any_query_and_output():
-    core = encoder()
-    model = PerceiverIO(nn.Identity(), core, TrainableQueries(4, 10),
-                        PerceiverDecoder(PerceiverDecoderConfig(2), 16, 10), LinearOutput(10, 3))
-    assert model(torch.randn(2, 9, 11)).shape == (2, 4, 3)
-    assert model.decoder(torch.randn(2, 1000, 10), core(torch.randn(2, 9, 11))).shape == (2, 1000, 10)
-
-
-def test_initial_weights_have_the_configured_scale():
-    for scale in (0.02, 0.1):
-        config = ImageClassifierConfig(64, 128, PerceiverEncoderConfig(1, init_scale=scale),
-                                       PerceiverDecoderConfig(1, init_scale=scale), 10, ImageInputConfig((9, 9, 3)))
-        for name, parameter in config.build().named_parameters():
-            if parameter.ndim > 1:
-                assert parameter.std().item() == pytest.approx(scale, rel=0.3), name
-            elif "bias" in name:
-                assert not parameter.any(), name
-
-
-def test_memory_has_no_score_for_every_latent_and_input():
-    """512 latents on 2^20 inputs: 2 GB of scores, were they held. Also with a mask, and heads the kernels dislike."""
-    script = """
-import resource, torch
-from perceiver.model import PerceiverEncoder, PerceiverEncoderConfig
-config = PerceiverEncoderConfig(1, 5, 15, num_self_attention_layers_per_block=1)
-model, x = PerceiverEncoder(config, 512, 16, 6), torch.randn(1, 2**20, 6)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-pad_mask = torch.arange(2**20)[None] > 10**6
-with torch.no_grad():
-    model(x)
-    model(x, pad_mask)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120,
-                          cwd=Path(__file__).parent.parent)
-    assert int(done.stdout or 10**9) < 500, done.stderr  # MiB
-
-
-@pytest.mark.parametrize("config, message", [
-    (lambda: PerceiverEncoderConfig(num_cross_attention_heads=0), "num_cross_attention_heads=0 must be at least 1"),
-    (lambda: PerceiverEncoderConfig(num_cross_attention_layers=2), "num_cross_attention_layers=2 exceeds "
-     "num_self_attention_blocks=1"),
-    (lambda: PerceiverDecoderConfig(num_query_channels=0), "num_query_channels=0"),
-    (lambda: PerceiverDecoderConfig(activation="relu"), "activation='relu' must be one of gelu, gelu_tanh"),
-    (lambda: PerceiverDecoderConfig(dropout=1.0), r"dropout=1.0 must be in \[0, 1\)"),
-    (lambda: PerceiverDecoderConfig(init_scale=0.0), "init_scale=0.0 must be positive"),
-    (lambda: ImageClassifierConfig(512, 1024), "encoder.num_cross_attention_heads=8 does not divide 261"),
-    (lambda: TextClassifierConfig(6, 20), "encoder.num_self_attention_heads=8 does not divide 20"),
-    (lambda: TextClassifierConfig(6, 32, decoder=PerceiverDecoderConfig(3)), "decoder.num_cross_attention_heads=3"),
-    (lambda: MaskedLMConfig(decoder=PerceiverDecoderConfig(num_query_channels=64)), "decoder.num_query_channels=64"),
-    (lambda: MaskedLMConfig(num_latents=0), "num_latents=0 must be at least 1"),
-    (lambda: MaskedLMConfig(decoder=None), "decoder=None"),
-])
-def test_config_errors_name_key_and_value(config, message):
-    with pytest.raises(ValueError, match=message):
-        config()
+def test_reasons_are_one_line():
+    assert reason(ValueError("a\n b")) == "a b"
+    assert reason(EOFError()) == "it ends too early"
+    assert reason(KeyError()) == "KeyError"
+    assert reason(FileNotFoundError(2, "No such file or directory", "x")) == "No such file or directory"
+    with pytest.raises(UserError, match="^cannot read x: broken$"), reading("x"):
+        raise RuntimeError("broken")
+    with pytest.raises(UserError, match="^mine$"), reading("x"):
+        raise UserError("mine")

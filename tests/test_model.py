@@ -1,20 +1,23 @@
-import math
-
 import numpy as np
 import pytest
 import torch
 
 from conftest import GOLDEN
-from perceiver.model import Linear, PerceiverAR, PerceiverARConfig, attend, rotary_angles, rotate, sinusoids
-from perceiver.pretrained import our_key
+from perceiver.attention import rotary_angles, rotate, sinusoids
+from perceiver.config import build
+from perceiver.errors import UserError
+from perceiver.model import PerceiverAR, PerceiverARConfig, draw_prefix_keep
+from perceiver.pretrained import rename_key
 
 SMALL = dict(vocab_size=19, max_seq_len=24, num_latents=8, num_channels=32, num_heads=4, num_self_attention_layers=2)
 
 
 def small_model(**options) -> PerceiverAR:
-    """In float64, with weights large enough that every part matters."""
+    """A small model in float64. Its weights are so large that every part matters."""
     torch.manual_seed(0)
-    model = PerceiverAR(PerceiverARConfig(**SMALL | {"init_scale": 0.3} | options)).double().eval()
+    if "architecture" not in options:
+        options = {"init_scale": 0.3} | options
+    model = PerceiverAR(PerceiverARConfig(**SMALL | options)).double().eval()
     for parameter in model.parameters():
         if parameter.ndim == 1 or not parameter.any():
             torch.nn.init.normal_(parameter)
@@ -26,7 +29,7 @@ def tokens(*shape: int) -> torch.Tensor:
 
 
 def krasserm_weights(data) -> dict[str, torch.Tensor]:
-    weights = {our_key("perceiver_ar", key.removeprefix("param:")): torch.from_numpy(data[key].astype(np.float32))
+    weights = {rename_key(key.removeprefix("param:")): torch.from_numpy(data[key].astype(np.float32))
                for key in data.files if key.startswith("param:")}
     return {key: value for key, value in weights.items() if key}
 
@@ -45,9 +48,8 @@ def test_equals_krasserm(file, options):
         assert np.abs(model(ids[:, :13], 4).numpy() - data["logits_first13_prefix9"]).max() < 1e-4
 
 
-GOOGLE = dict(sinusoidal_positions=True, rotary=False, bias=True, activation="squared_relu", latent_projection=True,
-              output_norm=True, tied_output=False)
-# Google's names, first of modules and then of parameters; Haiku counts the modules of one kind
+GOOGLE = dict(architecture="google")
+# Replacements that turn Google's names into ours. Haiku numbers the modules of one kind: linear, linear_1, ...
 HAIKU = [("perceiver_ar/~/", ""), ("perceiver_ar/", ""), ("embed:embeddings", "token_embedding.weight"),
          ("embed_1:embeddings", "position_embedding.weight"), ("cross_attention/layer_norm_2", "cross_attention.mlp.0"),
          ("self_attention_1/", "self_attention.1."), ("self_attention/", "self_attention.0."),
@@ -69,18 +71,20 @@ def google_weights(data) -> dict[str, torch.Tensor]:
         for theirs, ours in HAIKU:
             name = name.replace(theirs, ours)
         weights[name] = torch.from_numpy(values.T if key.endswith(":w") else values)
-    weights["position_embedding.weight"] = weights["position_embedding.weight"][1:]  # their first position is 1
     return weights
 
 
-def test_equals_google():
-    """Rows of 24, 15 and 6 tokens, theirs padded on the right and ours on the left; the last with fewer than N.
+def test_equals_google(monkeypatch):
+    """The rows have 24, 15 and 6 tokens; the last one has fewer than N. Google pads on the right, we pad on the left.
 
-    The golden weights come with a table of positions in the place of sinusoids, which have a test of their own.
+    The golden model has a table of positions instead of sinusoids. Sinusoids have tests of their own.
     """
     data = np.load(GOLDEN / "perceiver-ar-google" / "absolute.npz")
-    model = PerceiverAR(PerceiverARConfig(**SMALL, **GOOGLE | dict(sinusoidal_positions=False))).eval()
-    model.load_state_dict(google_weights(data))
+    weights = google_weights(data)
+    table = weights.pop("position_embedding.weight")
+    monkeypatch.setattr("perceiver.model.sinusoids", lambda positions, *_: table[positions])
+    model = PerceiverAR(PerceiverARConfig(**SMALL, **GOOGLE)).eval()
+    model.load_state_dict(weights)
     lengths = (data["ids"] > 0).sum(1)
     ids = torch.stack([torch.from_numpy(row).long().roll(24 - n) for row, n in zip(data["ids"], lengths.tolist())])
     with torch.no_grad():
@@ -92,26 +96,30 @@ def test_equals_google():
     assert np.abs(np.concatenate(alone) - data["logits"][valid]).max() < 1e-4
 
 
-def test_sinusoids_are_exact_at_the_end_of_a_long_context():
-    """Against math.sin of Python floats."""
-    features = sinusoids(torch.tensor([[1, 77, 131_072]]), 64, torch.float32)
-    for row, position in zip(features[0].tolist(), (1, 77, 131_072)):
-        angles = [position * math.exp(-math.log(10_000) * i / 31) for i in range(32)]
-        assert row == pytest.approx([f(angle) for f in (math.sin, math.cos) for angle in angles], abs=1e-6)
+def test_google_adds_sinusoids_that_count_from_one():
+    model = small_model(**GOOGLE)
+    seen = []
+    model.cross_attention.kv_norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(tokens(2, 20))
+    expected = model.token_embedding(tokens(2, 20)) + sinusoids(torch.arange(1, 21)[None], 32, torch.float64)
+    assert torch.equal(seen[0], expected)
 
 
-def test_sinusoidal_positions_are_not_in_the_weights_and_count_from_one():
-    """A table of them in the place of learned positions makes the same model."""
-    fixed, table = (small_model(**GOOGLE | dict(sinusoidal_positions=fixed)) for fixed in (True, False))
-    assert table.state_dict().keys() - fixed.state_dict().keys() == {"position_embedding.weight"}
-    positions = sinusoids(torch.arange(1, 25)[None], 32, torch.float64)[0]
-    table.load_state_dict(fixed.state_dict() | {"position_embedding.weight": positions})
-    assert (fixed(tokens(2, 20)) - table(tokens(2, 20))).abs().max() < 1e-12
+def test_google_starts_with_its_own_initialization():
+    """The standard deviation is 1 for embeddings and 1 / sqrt(inputs) for linear maps. Outputs and biases are zero."""
+    torch.manual_seed(0)
+    model = PerceiverAR(PerceiverARConfig(vocab_size=259, num_channels=128, num_self_attention_layers=1, **GOOGLE))
+    assert model.token_embedding.weight.std().item() == pytest.approx(1, rel=0.05)
+    assert not model(tokens(1, 9)).any()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            assert module.weight.std().item() == pytest.approx(module.in_features**-0.5, rel=0.05)
+            assert not module.bias.any()
 
 
-def test_recipe_has_the_published_size():
+def test_the_default_model_has_the_published_size():
     with torch.device("meta"):
-        model = PerceiverAR(PerceiverARConfig())
+        model = PerceiverAR(PerceiverARConfig(vocab_size=262))
     assert sum(p.numel() for p in model.parameters()) == 30_563_078
 
 
@@ -143,7 +151,7 @@ def test_the_prefix_is_seen_by_every_latent():
 @pytest.mark.parametrize("absolute", [True, False])
 @pytest.mark.parametrize("length", [24, 13, 5])
 def test_left_padding_changes_nothing(latent_keys, absolute, length):
-    """Also with fewer tokens than latents, where padding reaches into the latents."""
+    """This holds even with fewer tokens than latents, when some latents are padding."""
     model = small_model(latent_keys=latent_keys, absolute_positions=absolute, num_rotary_layers=-1)
     ids = tokens(2, 24)
     ids[1, 24 - length :] = ids[0, :length]
@@ -169,7 +177,7 @@ def test_dropped_prefix_positions_are_as_if_masked():
 
 
 def forward_with_key_mask(model, ids, mask):
-    """The model written out once more, plainly: all keys computed, then masked; softmax by hand."""
+    """The logits of the model, in a second, plain implementation: it computes all keys and masks some of them."""
     c = model.config
     positions = torch.arange(ids.shape[1])[None]
     x = model.token_embedding(ids) + model.position_embedding(positions)
@@ -185,7 +193,7 @@ def forward_with_key_mask(model, ids, mask):
 
     latents, layer = x[:, 16:], model.cross_attention
     allowed = mask & torch.ones(8, 24, dtype=torch.bool).tril(16)
-    last = tuple(a[:, :, 16:] for a in angles)
+    last = angles[..., 16:, :]
     latents = latents + attention(layer.attention, layer.q_norm(latents), layer.kv_norm(x), last, angles, allowed)
     latents = latents + layer.mlp(latents)
     causal = torch.ones(8, 8, dtype=torch.bool).tril()
@@ -226,50 +234,36 @@ def test_impossible_shapes_are_errors(length, num_latents):
 
 
 @pytest.mark.parametrize("options", [dict(num_latents=25), dict(num_heads=5), dict(num_channels=12),
-                                     dict(num_rotary_layers=3), dict(cross_attention_dropout=1.0),
-                                     dict(latent_keys="both"), dict(vocab_size=0), dict(activation="relu"),
-                                     dict(sinusoidal_positions=True, absolute_positions=False), dict(z_loss=-1.0)])
+                                     dict(num_rotary_layers=3), GOOGLE | dict(output_norm=True),
+                                     GOOGLE | dict(num_heads=3, num_channels=9)])
 def test_impossible_configs_are_errors(options):
-    with pytest.raises(ValueError, match=next(iter(options))):
+    with pytest.raises(ValueError, match=list(options)[-1]):
         PerceiverARConfig(**SMALL | options)
 
 
-def test_a_query_that_sees_nothing_gets_zeros_and_finite_gradients():
-    q, k, v = (torch.randn(1, 2, 3, 4, requires_grad=True) for _ in range(3))
-    mask = torch.tensor([[True, False, True], [False] * 3, [True] * 3])
-    result = attend(q, k, v, mask)
-    assert (result[:, :, 1] == 0).all() and (result[:, :, 0] != 0).all()
-    result.sum().backward()
-    assert all(torch.isfinite(x.grad).all() for x in (q, k, v))
+@pytest.mark.parametrize("options", [dict(cross_attention_dropout=1.0), dict(latent_keys="both"), dict(vocab_size=0),
+                                     dict(architecture="openai"), dict(num_rotary_layers=-2), dict(z_loss=-1.0)])
+def test_impossible_values_are_errors(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        build(PerceiverARConfig, SMALL | options)
+
+
+def test_the_vocabulary_must_be_known():
+    with pytest.raises(ValueError, match="vocab_size=None"):
+        PerceiverARConfig().build()
+
+
+def test_a_random_prefix_keeps_different_positions_in_every_row():
+    kept = draw_prefix_keep(64, 20, 0.75, torch.Generator().manual_seed(0))
+    assert kept.shape == (64, 5) and (kept.diff() > 0).all()
+    assert len({tuple(row) for row in kept.tolist()}) > 60
+    assert set(kept.flatten().tolist()) == set(range(20))
+    assert torch.equal(kept, draw_prefix_keep(64, 20, 0.75, torch.Generator().manual_seed(0)))
+    assert torch.equal(draw_prefix_keep(1, 7, 0.1), torch.arange(7)[None])  # 0.7 dropped positions round down to none
 
 
 def test_memory_of_a_long_context_is_linear():
-    """One layer with 8 latents on 200,000 tokens: a context x context mask would take 40 GB."""
+    """The context has 200,000 tokens, and there are 8 latents. A mask of context x context would take 40 GB."""
     model = PerceiverAR(PerceiverARConfig(**SMALL | dict(max_seq_len=200_000, num_channels=8, num_heads=1)))
     model(tokens(1, 200_000), 8).sum().backward()
     assert torch.isfinite(model.token_embedding.weight.grad).all()
-
-
-def test_rotary_scores_depend_on_distance_alone():
-    x = torch.randn(1, 1, 2, 8, dtype=torch.float64)
-    scores = []
-    for shift in (0, 1000):
-        q, k = rotate(x, rotary_angles(torch.tensor([[3, 10]]) + shift, 8, torch.float64))[0, 0]
-        scores.append(q @ k)
-    assert abs(scores[0] - scores[1]) < 1e-9
-
-
-def test_positions_are_exact_in_bfloat16():
-    """Angles made in bfloat16 would be the same for positions 256 and 257."""
-    cos, _ = rotary_angles(torch.tensor([[256, 257]]), 2, torch.bfloat16)
-    expected = torch.tensor([256.0, 257.0]).cos()
-    assert (cos[0, 0, :, 0].float() - expected).abs().max() < 0.01
-
-
-@pytest.mark.parametrize("rows", [1, 2, 4, 5])
-@pytest.mark.parametrize("outputs", [1, 7, 48, 262])
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_products_of_decoding_are_those_of_a_linear_map(rows, outputs, bias):
-    layer = Linear(10, outputs, bias).double()
-    x = torch.randn(rows, 3, 10, dtype=torch.float64)[:, 1:2]  # strided, as a part of something larger is
-    assert (layer(x) - torch.nn.functional.linear(x, layer.weight, layer.bias)).abs().max() < 1e-12

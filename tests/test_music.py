@@ -1,7 +1,7 @@
-"""Music: MIDI files, events, corpora, windows; and that a model learns and continues it."""
-import json
+"""Music: MIDI files, events, corpora, windows, training, and generation."""
 import re
 import sys
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -10,12 +10,13 @@ import torch
 
 from conftest import ROOT, read_metrics, run_script
 from perceiver.config import load_config
-from perceiver.data import IGNORE, MusicDataConfig, MusicWindows, TextBlocks, Tokens, eval_loader, music
-from perceiver.data.music import (NUM_EVENTS, PAD, SHIFT, VELOCITY, Note, compose, decode, encode, join, load_music,
-                                  read_midi, split, stretch, transpose, write_midi)
+from perceiver.data import IGNORE, TextBlocks, Tokens, eval_loader
 from perceiver.distributed import Ranks
 from perceiver.errors import UserError
-from perceiver.tasks import TASKS
+from perceiver.tasks import TASKS, music
+from perceiver.tasks.music import (PAD, SHIFT, VELOCITY, MusicDataConfig, MusicWindows, Note, SymbolicMusic, compose,
+                                   decode, encode, join_pieces, load_music, read_midi, split_pieces, stretch,
+                                   transpose, write_midi)
 
 mido = pytest.importorskip("mido")
 
@@ -25,8 +26,11 @@ mido = pytest.importorskip("mido")
 
 
 def random_piece(file, rng: np.random.Generator) -> list[Note]:
-    """Writes a file of random music and returns its notes, found without reading it: notes, pedals and tempi are drawn
-    first, then each pedal is applied to each note, and times are integrated over the tempi, in fractions."""
+    """Writes a MIDI file of random music. Returns its notes without reading the file.
+
+    First draws notes, pedals and tempi. Then applies each pedal to each note, and turns ticks into seconds by exact
+    fractions.
+    """
     ticks_per_beat = int(rng.choice([24, 96, 480, 960]))
     tempi = [(0, 500_000)] + [(int(tick), int(tempo)) for tick, tempo in zip(
         np.sort(rng.integers(0, 40 * ticks_per_beat, 3)), rng.integers(100_000, 2_000_000, 3))]
@@ -36,18 +40,18 @@ def random_piece(file, rng: np.random.Generator) -> list[Note]:
         return float(sum(Fraction(max(0, min(end, tick) - start) * tempo, ticks_per_beat * 1_000_000)
                          for (start, tempo), end in zip(tempi, ends)))
 
-    channels = rng.choice([0, 1, 2, 15], 3)  # two tracks may share a channel, and then a pedal
+    channels = rng.choice([0, 1, 2, 15], 3)  # tracks may share a channel and its pedal
     keys, pedals = [], {}  # (onset, end, pitch, velocity, track) in ticks; (down, up) by channel
     for track in range(3):
-        for pitch in rng.choice(range(track, 128, 3), 4, replace=False):  # one pitch is in one track
-            long = rng.random(12) < 0.1  # silences of several seconds
+        for pitch in rng.choice(range(track, 128, 3), 4, replace=False):  # a pitch is in one track only
+            long = rng.random(12) < 0.1  # these notes follow a gap of several seconds
             onsets = np.cumsum(2 * rng.integers(1, 1 + ticks_per_beat * np.where(long, 8, 1)))
-            ends = np.sort(onsets + 2 * rng.integers(0, 1 + ticks_per_beat, 12))  # the same key may overlap
+            ends = np.sort(onsets + 2 * rng.integers(0, 1 + ticks_per_beat, 12))  # notes of one key may overlap
             keys += [(*map(int, values), track) for values in zip(onsets, ends, [pitch] * 12, rng.integers(1, 128, 12))]
     last = max(end for _, end, *_ in keys)
     for channel in set(channels):
-        changes = np.sort(2 * rng.choice(last // 2, 5, replace=False)) + 1  # odd: never with a note, which are even
-        pedals[channel] = [*changes.tolist(), last]  # down, up, down, up, down to the end
+        changes = np.sort(2 * rng.choice(last // 2, 5, replace=False)) + 1  # odd ticks; notes have even ticks
+        pedals[channel] = [*changes.tolist(), last]  # down, up, down, up, and down until the end
 
     midi = mido.MidiFile(ticks_per_beat=ticks_per_beat)
     midi.tracks.append(to_track((tick, mido.MetaMessage("set_tempo", tempo=tempo)) for tick, tempo in tempi[1:]))
@@ -85,7 +89,7 @@ def to_track(messages) -> mido.MidiTrack:
 
 
 def assert_same(found: list[Note], expected: list[Note], seconds: float):
-    """The same notes, times up to `seconds`, velocities up to their bins."""
+    """Asserts that both have the same notes: times may differ by `seconds`, velocities within their bins."""
     by_pitch = [sorted(notes, key=lambda note: (note.pitch, note.onset, note.end)) for notes in (found, expected)]
     assert len(found) == len(expected)
     for a, b in zip(*by_pitch):
@@ -108,13 +112,14 @@ def test_random_files_survive_reading_encoding_decoding_and_writing(tmp_path, se
 
 
 def test_bytes_of_a_file_with_running_status_and_drums(tmp_path):
-    track = bytes.fromhex("00 90 3c 40  30 3e 50  30 3c 00  00 3e 00"  # without a status byte; velocity 0 ends a note
+    track = bytes.fromhex("00 90 3c 40  30 3e 50  30 3c 00  00 3e 00"  # running status; velocity 0 ends a note
                           "00 99 24 7f  00 89 24 00"  # a drum
-                          "00 ff 51 03 0f 42 40  00 90 40 07"  # a beat a second; a note that never ends
-                          "60 b0 40 7f  00 ff 2f 00")  # a pedal that is never released
+                          "00 ff 51 03 0f 42 40  00 90 40 07"  # tempo of a beat per second; a note without an end
+                          "60 b0 40 7f  00 ff 2f 00")  # a pedal that stays down
     data = b"MThd" + bytes.fromhex("00000006 0000 0001 0060") + b"MTrk" + len(track).to_bytes(4, "big") + track
     (tmp_path / "piece.mid").write_bytes(data)
-    assert read_midi(tmp_path / "piece.mid") == [(0.0, 0.5, 60, 64), (0.25, 0.5, 62, 80), (0.5, 1.5, 64, 7)]
+    assert read_midi(tmp_path / "piece.mid") == [
+        Note(0.0, 0.5, 60, 64), Note(0.25, 0.5, 62, 80), Note(0.5, 1.5, 64, 7)]
 
 
 def test_the_pedal_holds_released_keys_until_it_or_the_key_is_used_again(tmp_path):
@@ -139,6 +144,8 @@ def test_the_pedal_holds_released_keys_until_it_or_the_key_is_used_again(tmp_pat
     (b"MThd\0\0\0\6\0\0\0\1\0\x60MTrk\0\0\0\4\0\xff\x2f\0", "no notes"),
     (b"MThd\0\0\0\6\0\2\0\1\0\x60MTrk\0\0\0\4\0\xff\x2f\0", "not simultaneous"),
     (b"MThd\0\0\0\6\0\1\0\1\xe7\x28MTrk\0\0\0\4\0\xff\x2f\0", "not in beats"), (None, "No such file"),
+    (b"MThd\0\0\0\6\0\0\0\1\0\1MTrk\0\0\0\x0f\0\x90\x3c\x40\xff\xff\xff\x7f\x80\x3c\0\0\xff\x2f\0",
+     "more than a day"),  # 37 bytes that would become millions of events
 ])
 def test_a_broken_file_is_one_clear_line(tmp_path, content, reason):
     file = tmp_path / "broken.mid"
@@ -171,14 +178,14 @@ def test_events_of_a_few_notes():
     notes = [Note(2.35, 2.45, 60, 100), Note(2.35, 3.35, 64, 103), Note(2.45, 2.45, 60, 104), Note(6.35, 6.36, 61, 104)]
     assert encode(notes).tolist() == [
         355, 355, 290, VELOCITY + 25, 60, 64,  # 1 s, 1 s, 350 ms, a velocity for two notes
-        SHIFT + 9, 128 + 60, VELOCITY + 26, 60,  # a note ends before the next one of its pitch begins
-        SHIFT, 128 + 60, SHIFT + 88, 128 + 64,  # without a duration it lasts 10 ms
+        SHIFT + 9, 128 + 60, VELOCITY + 26, 60,  # a note ends before the next note of its pitch begins
+        SHIFT, 128 + 60, SHIFT + 88, 128 + 64,  # a note without a duration lasts 10 ms
         355, 355, 355, 61, SHIFT, 128 + 61]
-    assert encode([]).tolist() == [] and NUM_EVENTS == 389
+    assert encode([]).tolist() == [] and SymbolicMusic.vocab_size == 389
 
 
-def test_roundings_do_not_add_up():
-    """Gaps of 14.9 ms, each of which alone would be rounded to 10 ms."""
+def test_rounding_errors_do_not_add_up():
+    """The notes begin every 14.9 ms. Rounding each distance to 10 ms would lose almost a second in all."""
     notes = [Note(0.0149 * n, 0.0149 * n + 0.003, 60, 64) for n in range(200)]
     assert_same(decode(encode(notes)), notes, 0.01)
     notes = [Note(0, 3600, 60, 64), Note(3000.004, 3001, 61, 64)]  # more steps than 16 bits can count
@@ -193,16 +200,16 @@ def test_the_first_of_two_notes_of_a_pitch_ends_first():
 
 def test_whatever_a_model_writes_can_be_played(tmp_path):
     assert decode([128 + 60, VELOCITY, 60, SHIFT + 9, 60, PAD, 128 + 60, 128 + 60, 128 + 60, 62]) == [
-        (0, 0.1, 60, 2), (0.1, 0.11, 60, 2), (0.1, 0.11, 62, 2)]
-    assert decode([60, 355, 62, 355, 355]) == [(0, 1, 60, 66), (1, 2, 62, 66)]  # ends are missing: a second each
+        Note(0, 0.1, 60, 2), Note(0.1, 0.11, 60, 2), Note(0.1, 0.11, 62, 2)]
+    assert decode([60, 355, 62, 355, 355]) == [Note(0, 1, 60, 66), Note(1, 2, 62, 66)]  # no ends: a second each
     rng = np.random.default_rng(0)
     for _ in range(20):
-        notes = decode(rng.choice([*range(40), *range(128, 168), *range(SHIFT, NUM_EVENTS)], 300).tolist())
+        notes = decode(rng.choice([*range(40), *range(128, 168), *range(SHIFT, PAD + 1)], 300).tolist())
         write_midi(tmp_path / "piece.mid", notes)
         kinds = [message.type for message in mido.MidiFile(tmp_path / "piece.mid") if not message.is_meta]
         assert kinds.count("note_on") == kinds.count("note_off") == len(notes) > 20
         again = decode(encode(notes))
-        for part in ("onset", "end"):  # a missing end may make a note end before an older one of its pitch
+        for part in ("onset", "end"):  # compared alone: with a missing end, a note may end before an older one
             one, other = (sorted((getattr(note, part), note.pitch) for note in found) for found in (notes, again))
             assert one == other
 
@@ -210,14 +217,14 @@ def test_whatever_a_model_writes_can_be_played(tmp_path):
 def test_transposition_and_stretching_change_one_thing():
     notes = decode(encode(compose(1)))
     events = encode(notes)
-    assert decode(transpose(events, 5)) == [note._replace(pitch=note.pitch + 5) for note in notes]
+    assert decode(transpose(events, 5)) == [replace(note, pitch=note.pitch + 5) for note in notes]
     assert stretch(events, 1.0).tolist() == events.tolist()
     for factor in (0.5, 0.953, 1.05, 30.0):
-        expected = [note._replace(onset=note.onset * factor, end=note.end * factor) for note in notes]
+        expected = [replace(note, onset=note.onset * factor, end=note.end * factor) for note in notes]
         assert_same(decode(stretch(events, factor)), expected, 0.005 if factor > 0.9 else 0.01)
-    # the part of a piece, which begins and ends anywhere
+    # a part of a piece may begin and end anywhere
     assert stretch(np.array([355, 128 + 60, 290, 355]), 1.2).tolist() == [355, 275, 128 + 60, 355, 317]
-    assert transpose(np.array([120, 128, 300]), 9).tolist() == [127, 135, 300]  # no higher than 127
+    assert transpose(np.array([120, 128, 300]), 9).tolist() == [127, 135, 300]  # limited by pitch 127
     assert transpose(np.array([120, 128, 300]), -9).tolist() == [120, 128, 300]
     assert transpose(np.array([300, 301]), 5).tolist() == [300, 301]
 
@@ -233,19 +240,22 @@ def test_generated_pieces_have_a_form_and_differ():
     first, second, third, last = ([(round((note.onset + 1e-6) % length, 3), note.pitch, note.velocity) for note in notes
                                    if number == int((note.onset + 1e-6) / length)] for number in range(4))
     assert first == second == last != third
-    train, val = load_music(MusicDataConfig())
-    assert len(split(train.values)) == 1000 and len(split(val.values)) == 20
-    assert not {piece.tobytes() for piece in split(train.values)} & {piece.tobytes() for piece in split(val.values)}
+    train, val, note = load_music(MusicDataConfig())
+    assert note == "1,000 generated pieces for training, 20 others for validation"
+    assert len(split_pieces(train.values)) == 1000 and len(split_pieces(val.values)) == 20
+    train, val = ({piece.tobytes() for piece in split_pieces(part.values)} for part in (train, val))
+    assert not train & val
 
 
 def corpus(*lengths: int) -> Tokens:
-    """Pieces of these lengths, of notes that count on: an event tells its place."""
+    """A corpus of pieces with these lengths. Its events count up, so an event shows its position."""
     ids = np.arange(sum(lengths)) % 100
-    return Tokens(join(part.astype(np.uint16) for part in np.split(ids, np.cumsum(lengths)[:-1])))
+    pieces = np.split(ids.astype(np.uint16), np.cumsum(lengths)[:-1])
+    return Tokens(join_pieces(pieces))
 
 
 def test_windows_are_the_longest_part_of_a_piece_and_a_function_of_seed_step_and_index():
-    windows = MusicWindows(corpus(30, 20, 40), 16, 4, 12, seed=3, config=MusicDataConfig())
+    windows = MusicWindows(corpus(30, 20, 40), 16, 4, seed=3, config=MusicDataConfig())
     padded = 0
     for step in range(100):
         example = windows[step, 1]
@@ -253,7 +263,7 @@ def test_windows_are_the_longest_part_of_a_piece_and_a_function_of_seed_step_and
         ids, labels = example["input_ids"], example["labels"]
         assert np.array_equal(real, np.sort(real)) and 7 <= real.sum() <= 16  # padding is on the left
         assert (ids[~real] == PAD).all() and (np.diff(ids[real]) == 1).all()
-        assert labels.tolist() == [*ids[-3:], ids[-1] + 1] and "prefix_keep" not in example
+        assert labels.tolist() == [*ids[-3:], ids[-1] + 1]
         padded += (~real).any()
     assert 30 < padded < 90
     one, other = windows[5, 2]["input_ids"], windows[6, 2]["input_ids"]
@@ -262,10 +272,9 @@ def test_windows_are_the_longest_part_of_a_piece_and_a_function_of_seed_step_and
 
 def test_windows_of_random_lengths_keep_their_labels():
     config = MusicDataConfig(min_seq_len=2)
-    windows = MusicWindows(corpus(90), 16, 4, 6, 0, config)
+    windows = MusicWindows(corpus(90), 16, 4, 0, config)
     examples = [windows[step, 0] for step in range(100)]
     assert {(~example["pad_mask"]).sum() for example in examples} == set(range(2, 17))
-    assert all(len(example["prefix_keep"]) == 6 for example in examples)
     for example in examples:
         known = (~example["pad_mask"]).sum()
         assert (example["labels"] != IGNORE).sum() == min(4, known)
@@ -273,9 +282,9 @@ def test_windows_of_random_lengths_keep_their_labels():
 
 def test_augmentation_is_drawn_for_each_window():
     piece = encode(compose(2))
-    tokens = Tokens(join([piece]))
-    plain = MusicWindows(tokens, 64, 16, 48, 0, MusicDataConfig())
-    moved = MusicWindows(tokens, 64, 16, 48, 0, MusicDataConfig(transpose=3))
+    tokens = Tokens(join_pieces([piece]))
+    plain = MusicWindows(tokens, 64, 16, 0, MusicDataConfig())
+    moved = MusicWindows(tokens, 64, 16, 0, MusicDataConfig(transpose=3))
     shifts = set()
     for step in range(40):
         a, b = (windows[step, 0]["input_ids"].astype(int) for windows in (plain, moved))
@@ -283,7 +292,7 @@ def test_augmentation_is_drawn_for_each_window():
         assert np.array_equal(a[~notes], b[~notes]) and len(set(b[notes] - a[notes])) == 1
         shifts.add((b - a)[notes][0])
     assert shifts == set(range(-3, 4))
-    stretched = MusicWindows(tokens, 64, 16, 48, 0, MusicDataConfig(stretch=0.1))
+    stretched = MusicWindows(tokens, 64, 16, 0, MusicDataConfig(stretch=0.1))
     ratios = [duration(stretched[step, 0]["input_ids"]) / duration(plain[step, 0]["input_ids"]) for step in range(40)]
     assert 0.85 < min(ratios) < 0.95 and 1.05 < max(ratios) < 1.15
     assert np.array_equal(stretched[3, 1]["input_ids"], stretched[3, 1]["input_ids"])
@@ -295,60 +304,83 @@ def duration(events: np.ndarray) -> int:
 
 @pytest.fixture
 def folder(tmp_path):
-    """MIDI files of eight pieces, one of them broken, and one more in a hidden folder."""
-    for n in range(8):
-        (tmp_path / "midi" / str(n % 2)).mkdir(parents=True, exist_ok=True)
-        write_midi(tmp_path / "midi" / str(n % 2) / f"{n}.{'mid' if n % 3 else 'MIDI'}", compose(n))
-    (tmp_path / "midi/0/2.mid").write_bytes(b"MThd")
-    (tmp_path / "midi/.trash").mkdir()
-    write_midi(tmp_path / "midi/.trash/9.mid", compose(9))
+    """A folder with MIDI files of eight pieces. One file is broken; one more file is in a hidden folder."""
+    write_pieces(tmp_path / "midi", {f"{n}.{'mid' if n % 3 else 'MIDI'}": n for n in range(8)})
+    (tmp_path / "midi/2.mid").write_bytes(b"MThd")
+    write_pieces(tmp_path / "midi", {".trash/9.mid": 9})
     return tmp_path / "midi"
 
 
+def write_pieces(folder, seeds: dict[str, int]):
+    for name, seed in seeds.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_midi(folder / name, compose(seed))
+
+
 def pieces(tokens: Tokens) -> list[int]:
-    """Which of the generated pieces they are."""
-    known = {encode(compose(n)).tobytes(): n for n in range(10)}
-    return [known[piece.tobytes()] for piece in split(tokens.values)]
+    """The seeds of the generated pieces in a corpus."""
+    known = {encode(compose(n)).tobytes(): n for n in range(20)}
+    return [known[piece.tobytes()] for piece in split_pieces(tokens.values)]
 
 
 def load(folder, **values) -> list[list[int]]:
-    return [pieces(part) for part in load_music(MusicDataConfig(path=str(folder), cache_dir=str(folder / "cache"),
-                                                                **values))]
+    config = MusicDataConfig(path=str(folder), cache_dir=str(folder / "cache"), **values)
+    train, val, _ = load_music(config)
+    return [pieces(train), pieces(val)]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_folder_is_encoded_once(folder, capfd, monkeypatch, num_workers):
-    # by name 0/0, 0/2 (broken), 0/4, 0/6, 1/1, ...: every fourth, from the third on, is for validation
-    assert load(folder, val_fraction=0.25, num_workers=num_workers) == [[0, 6, 1, 3, 7], [4, 5]]
+    # every fourth file is for validation, from the third file on; file 2 is broken
+    assert load(folder, val_fraction=0.25, num_workers=num_workers) == [[0, 1, 3, 4, 5, 7], [6]]
     assert re.findall("left out: .*", capfd.readouterr().err) == [
-        f"left out: cannot read {folder}/0/2.mid: it ends too early"]
+        f"left out: cannot read {folder}/2.mid: it ends too early"]
     with monkeypatch.context() as patch:
         patch.setattr(music, "read_midi", None)
-        assert load(folder, val_fraction=0.25) == [[0, 6, 1, 3, 7], [4, 5]]
-    write_midi(folder / "0/2.mid", compose(2))
-    assert load(folder, val_fraction=0.25) == [[0, 2, 6, 1, 3, 7], [4, 5]]
+        assert load(folder, val_fraction=0.25) == [[0, 1, 3, 4, 5, 7], [6]]
+    write_midi(folder / "2.mid", compose(2))
+    assert load(folder, val_fraction=0.25) == [[0, 1, 3, 4, 5, 7], [2, 6]]
 
 
-def test_splits_that_the_data_comes_with(folder):
-    rows = {"0/4.mid": "train", "1/1.mid": "validation", "1/5.mid": "test", "1/7.mid": "train"}
-    columns = {"split": dict(enumerate(rows.values())), "midi_filename": dict(enumerate(rows))}
-    table = folder / "maestro-v3.0.0.json"
-    table.write_text(json.dumps(columns))
+def test_splits_that_the_data_defines(folder):
+    rows = {"4.mid": "train", "1.mid": "validation", "5.mid": "test", "7.mid": "train"}
+    table = folder / "maestro-v3.0.0.csv"
+    table.write_text("canonical_title,split,midi_filename\n"
+                     + "".join(f'"a, b",{part},{name}\n' for name, part in rows.items()))
     assert load(folder) == [[4, 7], [1]]
-    table.unlink()
-    (folder / "maestro-v3.0.0.csv").write_text(
-        "canonical_title,split,midi_filename\n" + "".join(f'"a, b",{split},{name}\n' for name, split in rows.items()))
-    assert load(folder) == [[4, 7], [1]]
-    (folder / "1/1.mid").unlink()
-    with pytest.raises(UserError, match="1/1.mid"):
+    (folder / "1.mid").unlink()
+    with pytest.raises(UserError, match="1.mid"):
         load(folder)
-    (folder / "maestro-v3.0.0.csv").unlink()
-    (folder / "0").rename(folder / "train")
-    (folder / "1").rename(folder / "valid")
-    assert load(folder) == [[0, 4, 6], [3, 5, 7]]
+    table.write_text("split\ntrain\n")
+    with pytest.raises(UserError, match="cannot read .*maestro-v3.0.0.csv: 'midi_filename'"):
+        load(folder)
+    table.unlink()
+    write_pieces(folder, {"train/8.mid": 8, "train/a/9.mid": 9, "valid/10.mid": 10, "test/11.mid": 11})
+    assert load(folder) == [[8, 9], [10]]
+    (folder / "valid/10.mid").unlink()
+    (folder / "valid").rmdir()
+    assert load(folder) == [[8], [9]]  # a part of train is held out; test and other files are never used
 
 
-def test_data_that_is_not_there_is_one_line(tmp_path):
+def test_whole_folders_are_held_out(tmp_path):
+    """Versions of one piece share a folder, as in the datasets ASAP and POP909."""
+    names = [f"{composer}/{piece}/{player}.mid"
+             for composer in ("Bach", "Liszt") for piece in ("Fugue", "Sonata") for player in ("A", "B", "C")]
+    write_pieces(tmp_path / "asap", {name: seed for seed, name in enumerate(names)})
+    train, val = load(tmp_path / "asap", val_fraction=0.25)
+    assert (sorted(train), sorted(val)) == ([0, 1, 2, 3, 4, 5, 9, 10, 11], [6, 7, 8])  # Liszt/Fugue
+    pop909 = {}
+    for piece in range(5):
+        pop909 |= {f"00{piece}/00{piece}.mid": 3 * piece, f"00{piece}/versions/00{piece}-v1.mid": 3 * piece + 1,
+                   f"00{piece}/versions/00{piece}-v2.mid": 3 * piece + 2}
+    write_pieces(tmp_path / "pop909", pop909)
+    train, val = load(tmp_path / "pop909", val_fraction=0.2)
+    assert (sorted(train), sorted(val)) == ([0, 1, 2, 3, 4, 5, 9, 10, 11, 12, 13, 14], [6, 7, 8])
+    config = MusicDataConfig(path=str(tmp_path / "pop909"), cache_dir=str(tmp_path / "cache"), val_fraction=0.2)
+    assert load_music(config)[2] == f"{tmp_path}/pop909: 12 MIDI files for training, 3 for validation (held out)"
+
+
+def test_missing_data_is_one_line(tmp_path):
     (tmp_path / "one").mkdir()
     write_midi(tmp_path / "one/piece.mid", compose(0))
     for path, reason in (("nowhere", "is not a folder"), ("one", "holds 1 MIDI files"), ("", "for train")):
@@ -358,7 +390,7 @@ def test_data_that_is_not_there_is_one_line(tmp_path):
 
 
 def test_validation_predicts_every_event_but_the_first_of_a_piece_once():
-    pieces = split(corpus(30, 3, 41).values)
+    pieces = split_pieces(corpus(30, 3, 41).values)
     val_set = torch.utils.data.ConcatDataset([TextBlocks(Tokens(piece), 16, 4, PAD) for piece in pieces])
     labels = torch.cat([batch["labels"].flatten() for batch in
                         eval_loader(val_set, 4, Ranks(0, 1, torch.device("cpu")), 0)])
@@ -376,7 +408,7 @@ SMALL = ["model.max_seq_len=192", "model.num_latents=64", "model.num_channels=64
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A small model, trained on generated pieces with all augmentation: its run, and what train.py said."""
+    """A run of a small model on generated pieces with augmentation: its folder, and the output of train.py."""
     run = tmp_path_factory.mktemp("music") / "run"
     result = run_script("train.py", "configs/music.yaml", f"train.out_dir={run}", *SMALL, "train.max_steps=150",
                         "train.eval_every=150")
@@ -385,7 +417,8 @@ def trained(tmp_path_factory):
 
 
 def test_music_is_learned(trained):
-    found = re.search(r"validation: ([\d.]+) bits per event; by the frequencies .* would be ([\d.]+)", trained[1])
+    assert "1,000 generated pieces for training, 20 others for validation" in trained[1]
+    found = re.search(r"validation: ([\d.]+) bits per event; the unigram baseline has ([\d.]+)", trained[1])
     assert float(found[1]) < float(found[2]) - 2, found[0]
     assert read_metrics(trained[0], "val")[-1]["bits_per_event"] == pytest.approx(float(found[1]), abs=1e-3)
 
@@ -395,7 +428,7 @@ def continue_piece(run, *args):
 
 
 def test_a_piece_is_continued(trained, tmp_path):
-    """The prompt stays as it is; the notes that were sounding go on, and what follows comes after."""
+    """The notes of the prompt do not change. New notes begin after them."""
     prompt = [note for note in compose(1005) if note.onset < 3]
     write_midi(tmp_path / "piece.mid", prompt)
     result = continue_piece(trained[0], "--prompt", tmp_path / "piece.mid", "--out", tmp_path / "new/long.mid",
@@ -405,7 +438,7 @@ def test_a_piece_is_continued(trained, tmp_path):
     assert_same([note for note in notes if note.onset < 3][: len(prompt)], prompt, 0.01)
     assert len(notes) > len(prompt) + 20
     assert all(note.onset >= max(given.end for given in prompt) - 0.01 for note in sorted(notes)[len(prompt) :])
-    assert f"{len(prompt)} notes of the prompt and {len(notes) - len(prompt)} that follow" in result.stderr
+    assert f"{len(prompt)} notes of the prompt and {len(notes) - len(prompt)} new notes" in result.stderr
     assert (tmp_path / "long.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -414,7 +447,7 @@ def test_several_samples_of_a_prompt_longer_than_the_context(trained, tmp_path):
     write_midi(tmp_path / "piece.mid", prompt)
     result = continue_piece(trained[0], "--prompt-file", tmp_path / "piece.mid", "--out", tmp_path / "long.mid",
                             "--num-samples", "2")
-    assert result.returncode == 0 and "of which the model sees the last ones" in result.stderr, result.stderr
+    assert result.returncode == 0 and "the model sees only the last 192" in result.stderr, result.stderr
     first, second = (read_midi(tmp_path / f"long-{number}.mid") for number in (1, 2))
     assert first != second
     for notes in (first, second):
@@ -426,6 +459,15 @@ def test_mistakes_are_one_line_and_exit_code_2(trained, tmp_path):
     result = continue_piece(trained[0], "--prompt", tmp_path / "broken.mid")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"error: cannot read {tmp_path}/broken.mid: it ends too early\n"
+
+
+def test_the_recipe_needs_no_vocabulary_and_drops_prefixes():
+    config = load_config(ROOT / "configs/music.yaml", ["model.cross_attention_dropout=0.25"], TASKS)
+    task = SymbolicMusic(config)
+    assert config.model.vocab_size == 389
+    example = task.load_data()[0][7, 1]
+    assert len(example["input_ids"]) == 768 and len(example["prefix_keep"]) == 384  # 3/4 of 768 - 256
+    assert task.data_note == "1,000 generated pieces for training, 20 others for validation"
 
 
 @pytest.mark.parametrize("override", ["model.vocab_size=388", "data.min_seq_len=769", "data.min_seq_len=0",

@@ -38,13 +38,13 @@ def test_other_schedules():
     half = rates(schedule="constant_cosine")
     assert set(half[4:61]) == {1.0} and half[90] == pytest.approx(0.5) and half[120] == pytest.approx(0.0)
     assert all(a > b for a, b in zip(half[60:], half[61:]))
-    steps = rates(schedule="step", step_at=(0.7, 0.85, 0.95))  # the original Perceiver: epochs 84, 102, 114 of 120
+    steps = rates(schedule="step", milestones=(0.7, 0.85, 0.95))  # the original Perceiver: epochs 84, 102, 114 of 120
     for epoch, rate in ((4, 1.0), (83, 1.0), (84, 0.1), (101, 0.1), (102, 0.01), (113, 0.01), (114, 1e-3), (120, 1e-3)):
         assert steps[epoch] == pytest.approx(rate)
 
 
 def lamb(p, grads, lr, b1, b2, eps, decay):
-    """LAMB of one tensor, number by number from the paper's algorithm 2."""
+    """LAMB for one tensor in plain Python, after algorithm 2 of the paper."""
     p, m, v = list(p), [0.0] * len(p), [0.0] * len(p)
     for t, grad in enumerate(grads, start=1):
         update = []
@@ -73,7 +73,7 @@ def test_lamb_is_the_papers_formula():
     grads = {name: torch.randn(4, *p.shape).double() for name, p in model.named_parameters()}
     grads["bias"][3] = 0
     for step in range(4):
-        if step == 2:  # a run that is resumed
+        if step == 2:  # resumes from the saved state
             state = optimizer.state_dict()
             optimizer = build_optimizer(model, config)
             optimizer.load_state_dict(state)
@@ -86,7 +86,7 @@ def test_lamb_is_the_papers_formula():
         assert getattr(model, name).flatten().tolist() == pytest.approx(expected, rel=1e-12), name
 
 
-def test_lamb_leaves_alone_what_has_no_gradient():
+def test_lamb_does_not_change_parameters_without_gradients():
     model = lamb_model()
     model.bias.requires_grad = False
     optimizer = build_optimizer(model, OptimConfig(name="lamb"))
@@ -100,7 +100,7 @@ def test_lamb_leaves_alone_what_has_no_gradient():
 @pytest.mark.parametrize("name, first, second", [("adamw", 0.89, 0.7811), ("adam", 0.9, 0.8),
                                                  ("sgd", 0.79, 0.4771)])
 def test_other_optimizers(name, first, second):
-    """Two steps of a parameter from 1 with gradient 2 and weight decay 0.1; Adam's first steps are of length lr."""
+    """Two steps of a parameter that starts at 1, with gradient 2 and weight decay 0.1. Adam's steps have length lr."""
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.ones_(model.weight)
     optimizer = build_optimizer(model, OptimConfig(name=name, lr=0.1, weight_decay=0.1, momentum=0.5))

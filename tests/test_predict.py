@@ -1,12 +1,6 @@
-"""predict.py as it is used, from the command line; in this process, since starting one takes longer than predicting."""
-import io
+"""predict.py, called as from the command line."""
 import re
-import runpy
 import shutil
-import sys
-import wave
-from fractions import Fraction
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,41 +8,23 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torchvision.utils import flow_to_image
 
-from conftest import GOLDEN, ROOT, average_rate, run_script, run_train
-from perceiver import checkpoint
-from perceiver.config import from_dict, to_dict
-from perceiver.data import ByteTokenizer, ClipShape, read_video, video_frames, write_video
-from perceiver.flow import compute_flow
+from conftest import GOLDEN, MODEL, TEXT_INPUT, fails, new_checkpoint, ranking, run_script, run_train
+from perceiver.config import from_dict
+from perceiver.data import ByteTokenizer
 from perceiver.pretrained import from_pretrained
 from perceiver.tasks import TASKS
 
-ENCODER = {"num_cross_attention_heads": 1, "num_self_attention_heads": 2, "num_self_attention_layers_per_block": 1}
-MODEL = {"num_latents": 6, "num_latent_channels": 16, "encoder": ENCODER, "decoder": {"num_cross_attention_heads": 1}}
-TEXT_INPUT = {"max_seq_len": 48, "num_input_channels": 16}
 OFFICIAL = [GOLDEN / f"image-{kind}" for kind in ("fourier", "learned", "conv")]
-
-
-def new_checkpoint(path, task, class_names=None, model={}, data={}):
-    """A checkpoint of a model that was never trained; its path, and the model."""
-    torch.manual_seed(0)
-    config = from_dict({"task": task, "model": MODEL | model, "data": data}, TASKS)
-    net = TASKS[task](config).build_model().eval()
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    checkpoint.save({"model": net.state_dict(), "optimizer": {}, "step": 1, "class_names": class_names,
-                     "config": to_dict(config)}, path)
-    return path, net
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Files to predict."""
+    """A folder with input files."""
     folder = tmp_path_factory.mktemp("predict")
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (60, 90, 3), np.uint8)).resize((450, 300)).save(folder / "photo.png")
-    Image.fromarray(rng.integers(0, 255, (28, 28), np.uint8)).save(folder / "grey.png")
+    Image.fromarray(rng.integers(0, 255, (28, 28), np.uint8)).save(folder / "gray.png")
     (folder / "a.txt").write_text("a short text")
     (folder / "long.txt").write_text("a text that is longer than what the model takes of it, 48 bytes")
     return folder
@@ -56,51 +32,20 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mlm(tmp_path_factory):
-    """A masked language model that knows one sentence; its run's folder."""
+    """The run folder of a masked language model that knows one sentence."""
     folder = tmp_path_factory.mktemp("mlm")
     (folder / "text.txt").write_text("the quick brown fox. " * 500)
     (folder / "mlm.yaml").write_text("task: masked_lm")
     result = run_script(
         "train.py", folder / "mlm.yaml", f"data.path={folder}/text.txt", f"train.out_dir={folder}/run",
         "data.mask_prob=0.3", "train.max_steps=500",
-        "train.eval_every=500", "data.max_val_tokens=200", "optim.lr=0.01", "optim.warmup_steps=50",
+        "train.eval_every=500", "data.val_size=200", "optim.lr=0.01", "optim.warmup_steps=50",
         "model.num_latents=8", "model.num_latent_channels=32", "model.input.max_seq_len=42", "train.device=cpu",
         "model.input.num_input_channels=32", "model.encoder.num_self_attention_layers_per_block=1",
         *(f"model.encoder.num_{kind}_attention_heads=2" for kind in ("cross", "self")),
         "model.decoder.num_cross_attention_heads=2", "model.encoder.init_scale=0.1", "model.decoder.init_scale=0.1")
     assert result.returncode == 0, result.stderr
     return folder / "run"
-
-
-@pytest.fixture
-def predict(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
-
-    def run(ckpt, *args, stdin=b""):
-        monkeypatch.setattr(sys, "argv", ["predict.py", "--ckpt", str(ckpt), "--device", "cpu", *map(str, args)])
-        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin)))
-        capsys.readouterr()
-        code = 0
-        try:
-            runpy.run_path(str(ROOT / "predict.py"), run_name="__main__")
-        except SystemExit as exit:
-            code = exit.code
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=code, out=out, err=err)
-    return run
-
-
-def fails(result, *words):
-    assert result.code == 2 and result.out == ""
-    assert result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
-    assert all(str(word) in result.err for word in words), result.err
-    return True
-
-
-def ranking(lines):
-    """Names and probabilities of lines `  12.34%  name`."""
-    found = [re.fullmatch(r" +(\d+\.\d\d)%  (.+)", line) for line in lines]
-    return [match[2] for match in found], [float(match[1]) / 100 for match in found]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,7 +86,7 @@ def test_official_weights_fill_masks_greedily_with_bytes_alone(predict):
         text, prob = re.fullmatch("  (.+), probability (.+)", line).groups()
         assert text == repr(tokenizer.decode(filled[start : start + 4]))
         assert float(prob) == pytest.approx(probs[start : start + 4].amax(-1).prod().item(), rel=6e-3)
-    assert "\ufffd" in result.out  # what this model predicts is no UTF-8
+    assert "\ufffd" in result.out  # this model predicts bytes that are not UTF-8
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -155,8 +100,8 @@ def test_texts(folder, predict):
     result = predict(ckpt, folder / "a.txt", folder / "long.txt", "--top-k", "2")
     lines = result.out.splitlines()
     assert result.code == 0 and lines[::3] == [str(folder / "a.txt"), str(folder / "long.txt")] and len(lines) == 6
-    assert f"{folder}/long.txt has 63 bytes, of which the model sees the first 48" in result.err
-    assert "2/2" in result.err  # the bar
+    assert f"{folder}/long.txt has 63 bytes; the model sees only the first 48" in result.err
+    assert "2/2" in result.err  # the progress bar
     for start, file in ((1, "a.txt"), (4, "long.txt")):
         ids = torch.tensor(ByteTokenizer().encode((folder / file).read_bytes()[:48]))
         probs = model(ids[None])[0].softmax(-1)
@@ -169,7 +114,7 @@ def test_texts(folder, predict):
 
 
 def prepared(file, size, channels, crop, mean, std):
-    """A landscape image as evaluation prepares it, by PIL and numpy."""
+    """A landscape image, prepared for evaluation by PIL and NumPy."""
     image = Image.open(file).convert("RGB" if channels == 3 else "L")
     side = int(crop * image.height)
     left, top = (image.width - side + 1) // 2, (image.height - side + 1) // 2
@@ -193,7 +138,7 @@ def test_images_with_official_weights(official, variant, folder, predict):
 
 
 def test_names_of_official_classes(folder, predict, tmp_path):
-    """Those in config.json; otherwise, of 1000, ImageNet's."""
+    """config.json gives the names. Without names in it, 1000 classes get ImageNet's names."""
     weights = load_file(OFFICIAL[1] / "model.safetensors")
     config = (OFFICIAL[1] / "config.json").read_text()
     for names, wide in ((", ".join(f'"{i}": "name {i}"' for i in range(10)), False),
@@ -215,157 +160,17 @@ def test_names_of_official_classes(folder, predict, tmp_path):
 
 
 def test_images_with_our_checkpoints(folder, predict):
-    """Grey, without class names, normalised as the config says, the original Perceiver."""
+    """An original Perceiver on gray images, without class names, with the normalization of its config."""
     ckpt, model = new_checkpoint(
         folder / "images.pt", "image_classification", None,
         {"num_classes": 4, "decoder": None, "input": {"image_shape": [28, 28, 1], "num_frequency_bands": 4}},
         {"dataset": "mnist", "mean": [0.3], "std": [0.2], "eval_crop": 0.9})
-    lines = predict(ckpt, folder / "photo.png", folder / "grey.png").out.splitlines()
+    lines = predict(ckpt, folder / "photo.png", folder / "gray.png").out.splitlines()
     probs = model(prepared(folder / "photo.png", 28, 1, 0.9, 0.3, 0.2))[0].softmax(-1)
     found, shown = ranking(lines[1:5])
-    assert lines[5] == str(folder / "grey.png") and len(lines) == 10
+    assert lines[5] == str(folder / "gray.png") and len(lines) == 10
     assert found == [f"class {i}" for i in probs.argsort(descending=True)]
     torch.testing.assert_close(torch.tensor(shown), probs.sort(descending=True).values, atol=6e-5, rtol=0)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Optical flow
-
-
-FLOW = GOLDEN / "optical-flow"  # takes frames of 56x40
-
-
-@pytest.fixture(scope="module")
-def frames(tmp_path_factory):
-    """A folder of three frames of 70x48, what moves in them does so smoothly."""
-    folder = tmp_path_factory.mktemp("frames")
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (10, 14, 3), np.uint8)).resize((80, 60), 3)
-    for n in range(3):
-        image.crop((n, 2 * n, n + 70, 2 * n + 48)).save(folder / f"{n}.png")
-    (folder / "notes.txt").write_text("not a frame")
-    return folder
-
-
-@torch.inference_mode()
-def flow_of(model, frames, numbers, tile):
-    pair = [torch.from_numpy(np.array(Image.open(frames / f"{n}.png"))).movedim(-1, 0) / 127.5 - 1 for n in numbers]
-    return compute_flow(model, torch.stack(pair), tile)
-
-
-def picture(file):
-    return torch.from_numpy(np.array(Image.open(file))).movedim(-1, 0)
-
-
-@pytest.mark.parametrize("variant", ["deepmind", "transformers"])
-def test_flow_between_images(frames, predict, tmp_path, variant):
-    result = predict(FLOW, *(frames / f"{n}.png" for n in (2, 0, 1)), "--variant", variant)
-    assert result.code == 0 and result.out == "" and "2/2" in result.err
-    assert all(f"wrote predictions/{n}-flow.{kind}" in result.err for n in (2, 0) for kind in ("flo", "png"))
-    model = from_pretrained(FLOW, variant)
-    for numbers in ((2, 0), (0, 1)):
-        expected = flow_of(model, frames, numbers, (40, 56))
-        data = (tmp_path / "predictions" / f"{numbers[0]}-flow.flo").read_bytes()
-        flow = torch.frombuffer(bytearray(data[12:]), dtype=torch.float32).view(48, 70, 2)
-        torch.testing.assert_close(flow, expected)
-        assert flow.std() > 0.05
-        assert torch.equal(picture(tmp_path / "predictions" / f"{numbers[0]}-flow.png"),
-                           flow_to_image(flow.movedim(-1, 0)))
-
-
-def test_flow_of_folders_and_videos_by_our_checkpoints(frames, predict, tmp_path):
-    ckpt, model = new_checkpoint(tmp_path / "flow.pt", "optical_flow", None, {
-        "decoder": {"num_cross_attention_heads": 1, "cross_attention_residual": False},
-        "input": {"frame_shape": [40, 60], "num_feature_channels": 8, "num_frequency_bands": 2}})
-    assert predict(ckpt, frames, "--out", "a").code == 0
-    assert sorted(file.name for file in (tmp_path / "a").iterdir()) == ["0-flow.png", "1-flow.png"]
-    assert torch.equal(picture(tmp_path / "a" / "1-flow.png"),
-                       flow_to_image(flow_of(model, frames, (1, 2), (40, 60)).movedim(-1, 0)))
-
-    video = torch.stack([picture(frames / f"{n}.png") for n in range(3)])
-    write_video(tmp_path / "clip.mp4", video, Fraction(25))
-    result = predict(ckpt, tmp_path / "clip.mp4", "--out", "b")
-    assert result.code == 0 and "3 frames" in result.err
-    names = ["clip-00001-flow.png", "clip-00002-flow.png"]
-    assert sorted(file.name for file in (tmp_path / "b").iterdir()) == names
-    assert picture(tmp_path / "b" / names[1]).shape == (3, 48, 70)
-
-
-def test_mistakes_in_frames_are_one_line_and_exit_code_2(frames, predict, tmp_path):
-    Image.new("RGB", (70, 47)).save(tmp_path / "other.png")
-    (tmp_path / "cut.png").write_bytes((frames / "0.png").read_bytes()[:900])
-    (tmp_path / "empty").mkdir()
-    write_video(tmp_path / "still.mp4", torch.zeros(1, 3, 48, 70, dtype=torch.uint8), Fraction(25))
-    (tmp_path / "broken.mp4").write_bytes(b"nothing")
-    assert fails(predict(FLOW, frames / "0.png"), "between two images", "0.png is one")
-    assert fails(predict(FLOW, tmp_path / "empty"), "empty holds 0")
-    assert fails(predict(FLOW, frames / "0.png", tmp_path / "other.png"), "other.png is 70x47", "0.png 70x48")
-    assert fails(predict(FLOW, frames / "0.png", tmp_path / "cut.png"), "cannot read", "cut.png")
-    assert fails(predict(FLOW, frames / "0.png", tmp_path / "nowhere.png"), "cannot read", "nowhere.png: No such")
-    assert fails(predict(FLOW, frames / "0.png", frames / "1.png", "--attention"), "--attention is for texts and")
-    for video, message in (("still.mp4", "a single frame"), ("broken.mp4", "cannot read")):
-        result = predict(FLOW, tmp_path / video)
-        assert result.code == 2 and re.search(f"^error: .*{message}.*$", result.err.replace("\r", "\n"), re.MULTILINE)
-        assert "Traceback" not in result.err
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Videos
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """A video of a second, 24 x 20, with sound."""
-    file = tmp_path_factory.mktemp("videos") / "clip.mp4"
-    frames = torch.randint(256, (10, 3, 1, 1), dtype=torch.uint8).expand(-1, -1, 20, 24)
-    write_video(file, frames, Fraction(10), torch.rand(8000, 1) - 0.5, 8000)
-    return file
-
-
-VIDEO_MODEL = {"num_output_channels": 12, "input": {
-    "image_shape": [5, 16, 16, 3], "num_image_bands": 2, "num_audio_samples": 4000, "samples_per_patch": 8,
-    "num_audio_bands": 2, "num_classes": 3}}
-
-
-def test_videos_are_reconstructed(clip, predict, tmp_path):
-    ckpt, model = new_checkpoint(tmp_path / "video.pt", "multimodal_autoencoding", ["run", "sit", "swim"], VIDEO_MODEL,
-                                 {"sample_rate": 8000, "num_chunks": 7})
-    result = predict(ckpt, clip, clip, "--top-k", "2")
-    assert result.code == 0 and "wrote predictions/clip-2-reconstruction.mp4" in result.err
-    image, audio = read_video(clip, ClipShape((5, 16, 16, 3), 4000, 8000))
-    with torch.inference_mode():
-        again = model({"image": image[None], "audio": audio[None], "label": torch.zeros(1, 3)})
-    names, probs = ranking(result.out.splitlines()[1:3])
-    expected = again["label"].softmax(-1)[0].topk(2)
-    assert names == [["run", "sit", "swim"][n] for n in expected.indices]
-    assert probs == pytest.approx(expected.values.tolist(), abs=1e-4)
-    with wave.open("predictions/clip-reconstruction.wav") as file:
-        sound = np.frombuffer(file.readframes(4000), "<i2") / 32767
-    np.testing.assert_allclose(sound, again["audio"][0, :, 0].clamp(-1, 1), atol=1e-3)
-    frames = torch.stack(list(video_frames("predictions/clip-reconstruction.mp4")))
-    assert frames.shape == (5, 3, 224, 448) and average_rate("predictions/clip-reconstruction.mp4") == 10
-    assert (frames[..., 6:-230].float().mean((2, 3)) - 255 * image.mean((2, 3))).abs().max() < 8  # the original is left
-    means = again["image"][0].clamp(0, 1).mean((2, 3))
-    assert (frames[..., 224:].float().mean((2, 3)) - 255 * means).abs().max() < 12
-    with Image.open("predictions/clip-reconstruction.png") as sheet:
-        assert sheet.size == (4 + 5 * (96 + 4), 4 + 2 * (96 + 4))
-
-
-def test_videos_with_official_weights(clip, predict, tmp_path):
-    result = predict(GOLDEN / "multimodal", clip, "--out", tmp_path / "out")
-    assert result.code == 0 and len(list((tmp_path / "out").iterdir())) == 3
-    assert len(result.out.splitlines()) == 6 and re.search(r"^ +[\d.]+%  class \d+$", result.out, re.MULTILINE)
-
-
-def test_mistakes_with_videos(clip, predict, tmp_path, monkeypatch):
-    write_video(tmp_path / "silent.mp4", torch.zeros(3, 3, 16, 16, dtype=torch.uint8), Fraction(25))
-    official = GOLDEN / "multimodal"
-    result = predict(official, tmp_path / "silent.mp4")
-    assert result.code == 0 and f"{tmp_path}/silent.mp4 has no sound: the model gets silence\n" in result.err
-    (tmp_path / "cut.mp4").write_bytes(clip.read_bytes()[:1000])
-    assert fails(predict(official, tmp_path / "cut.mp4"), "cannot read", "cut.mp4")
-    assert fails(predict(official, clip, "--attention"), "--attention")
-    monkeypatch.setitem(sys.modules, "av", None)
-    assert fails(predict(official, clip), "pip install av")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -412,10 +217,11 @@ def test_training_shows_pictures(mlm, tmp_path, folder):
               "model": MODEL | {"num_classes": 2, "input": {"image_shape": [16, 16, 3], "num_frequency_bands": 4}}}
     for values in (texts, images):
         task = TASKS[values["task"]](from_dict(values, TASKS))
-        model = task.build_model()
+        model = task.build_model().eval()
         task.load_data()
-        picture = task.show(model)["attention"]
-        assert picture.dtype == torch.uint8 and picture.shape[0] == 3 and model.training
+        with torch.inference_mode():
+            picture = task.visualize(model)["attention"]
+        assert picture.dtype == torch.uint8 and picture.shape[0] == 3 and not model.training
     assert picture.shape == (3, 16 + 320 + 30 + 16, 16 + 5 * (320 + 16))
 
 
@@ -458,7 +264,7 @@ def test_a_bad_file_among_good_ones_is_named_after_their_results(folder, predict
     assert re.search(r"^error: cannot read .*nowhere.png: No such file", result.err.replace("\r", "\n"), re.MULTILINE)
 
 
-def test_a_wrong_channel_count_is_said(folder, predict, tmp_path):
+def test_a_wrong_channel_count_is_named(folder, predict, tmp_path):
     ckpt, _ = new_checkpoint(tmp_path / "images.pt", "image_classification", None,
                              {"input": {"image_shape": [28, 28, 4], "num_frequency_bands": 4}}, {"dataset": "mnist"})
     assert fails(predict(ckpt, folder / "photo.png"), "4 channels")

@@ -1,4 +1,4 @@
-"""train.py as it is used: in processes of its own, from the command line."""
+"""train.py, run from the command line in processes of its own."""
 import math
 import os
 import random
@@ -7,15 +7,18 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import train
 from conftest import ROOT, TINY, read_metrics, run_script, run_train
-from perceiver import checkpoint
+from perceiver import checkpoint, speed
 from perceiver.config import load_config
-from perceiver.speed import training_flops
+from perceiver.distributed import Ranks
+from perceiver.speed import peak_flops, training_flops
 from perceiver.tasks import TASKS
 
 
@@ -34,7 +37,7 @@ def same_weights(a, b):
 DROPOUT = ["model.cross_attention_dropout=0.5", "model.residual_dropout=0.1", "model.post_attention_dropout=0.1"]
 
 
-def test_the_readme_recipe_has_its_parameters_without_data():
+def test_a_dry_run_prints_the_config_and_the_number_of_parameters():
     result = run_script("train.py", "configs/clm_wikitext103.yaml", "train.dry_run=true")
     assert result.returncode == 0, result.stderr
     assert "parameters: 30,563,078\n" in result.stdout
@@ -51,9 +54,13 @@ def test_a_run_leaves_what_it_should(tmp_path, corpus):
     for line in train:
         assert line.keys() >= {"loss", "bits_per_byte", "lr", "grad_norm", "tokens_per_s"}
         assert line["bits_per_byte"] == pytest.approx(line["loss"] / math.log(2))
-    assert train[-1]["loss"] < 4 < train[0]["loss"]  # it learns: the text has few characters
+    assert train[-1]["loss"] < 4 < train[0]["loss"]  # it learns quickly, because the text has few characters
     assert re.search(r"validation: \d\.\d+ bits per byte; .*gzip -9 needs .* xz -9", result.stdout)
     assert "----- sample" in result.stdout
+    final = f"{val[-1]['bits_per_byte']:.3f}"
+    assert result.stdout.count(final) == 1, "the final result is printed once"
+    assert f"best.pt has the lowest validation loss, {min(line['loss'] for line in val):.4f}" in result.stdout
+    assert f"{corpus}: " in result.stdout  # the note about the data
     assert (run / "config.yaml").exists() and list(run.glob("events.out.tfevents.*"))
     saved = checkpoint.load(run / "checkpoints" / "last.pt")
     assert saved["step"] == 20 and saved["config"]["optim"]["lr"] == 0.01 
@@ -62,6 +69,7 @@ def test_a_run_leaves_what_it_should(tmp_path, corpus):
 
     again = run_train(f"data.path={corpus}", f"train.out_dir={tmp_path}/run", "train.max_steps=20")
     assert again.returncode == 0 and "the run is complete" in again.stdout, again.stderr
+    assert "nothing to train: the run is at step 20, and train.max_steps=20" in again.stdout
     assert losses(run) == [line["loss"] for line in train]
 
 
@@ -72,7 +80,7 @@ def test_resumed_equals_uninterrupted(tmp_path, corpus, workers):
     assert run_train(*common, f"train.out_dir={tmp_path}/a", "train.max_steps=20").returncode == 0
     assert run_train(*common, f"train.out_dir={tmp_path}/b", "train.max_steps=10").returncode == 0
     result = run_train(*common, f"train.out_dir={tmp_path}/b", "train.max_steps=20")
-    assert "resumed at step 10" in result.stdout, result.stderr
+    assert "resumed at step 10\n" in result.stdout, result.stderr
     assert losses(tmp_path / "a") == losses(tmp_path / "b") and len(losses(tmp_path / "a")) == 20
     assert same_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
@@ -81,7 +89,8 @@ def test_resumed_equals_uninterrupted(tmp_path, corpus, workers):
 def test_ranks_and_micro_batches_change_nothing(tmp_path, corpus, processes, accumulate):
     common = [f"data.path={corpus}", "train.max_steps=10", "model.cross_attention_dropout=0.5"]
     assert run_train(*common, f"train.out_dir={tmp_path}/one").returncode == 0
-    result = run_train(*common, f"train.out_dir={tmp_path}/many", f"train.accumulate={accumulate}", processes=processes)
+    result = run_train(*common, f"train.out_dir={tmp_path}/many", f"train.gradient_accumulation_steps={accumulate}",
+                       processes=processes)
     assert result.returncode == 0, result.stderr
     for split in ("train", "val"):
         one, many = read_metrics(tmp_path / "one", split), read_metrics(tmp_path / "many", split)
@@ -104,13 +113,13 @@ def wait_for(condition, process, seconds=60):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_run_goes_on(tmp_path, corpus, number):
+def test_a_signal_saves_and_the_run_can_be_resumed(tmp_path, corpus, number):
     common = [f"data.path={corpus}", "optim.decay_steps=300", "train.save_every=1000", "train.eval_every=1000",
               *DROPOUT]
     run = tmp_path / "run"
     process = start(*common, f"train.out_dir={run}", "train.max_steps=300", "data.num_workers=2")
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(read_metrics(run)) >= 5, process)
-    os.killpg(process.pid, number)  # as torchrun and a terminal do: data workers get it too
+    os.killpg(process.pid, number)  # like torchrun and a terminal: data workers get the signal, too
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number, output
     assert f"stopped by {number.name} after step" in output and "Traceback" not in output
@@ -122,7 +131,7 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path, corpus, number):
 
 
 def test_kill_9_at_any_moment_loses_nothing(tmp_path, corpus):
-    """20 times, while a checkpoint is written after every step."""
+    """Kills the run 20 times. It writes a checkpoint after every step."""
     run, rng = tmp_path / "run", random.Random(0)
     common = [f"data.path={corpus}", f"train.out_dir={run}", "train.save_every=1", "train.eval_every=3",
               "train.max_steps=100000", "optim.decay_steps=50"]
@@ -172,10 +181,32 @@ def test_nothing_saved_is_lost(tmp_path, corpus):
     assert elsewhere.returncode == 0 and "resumed at step 2" in elsewhere.stdout
 
 
+def test_a_run_that_cannot_start_leaves_the_earlier_one_where_it_is(tmp_path, corpus):
+    common = [f"data.path={corpus}", f"train.out_dir={tmp_path}/run", "train.max_steps=2"]
+    assert run_train(*common).returncode == 0
+    result = run_train(*common, "train.resume=never", "model.init_from=/nonexistent.pt")
+    assert result.returncode == 2 and "model.init_from=/nonexistent.pt" in result.stderr, result.stderr
+    assert os.listdir(tmp_path / "run" / "checkpoints") and not (tmp_path / "run.1").exists()
+    started = run_train(*common, "train.resume=never", f"model.init_from={tmp_path}/run/checkpoints/last.pt",
+                        "optim.warmup_steps=1000000")
+    assert started.returncode == 0 and f"is now in {tmp_path}/run.1" in started.stderr, started.stderr
+    before, after = weights(tmp_path / "run.1"), weights(tmp_path / "run")
+    assert all((after[name] - before[name]).abs().max() < 1e-6 for name in before)
+
+
+def test_a_run_with_more_steps_reports_the_new_learning_rate(tmp_path, corpus):
+    common = [f"data.path={corpus}", f"train.out_dir={tmp_path}/run", "optim.warmup_steps=1"]
+    assert run_train(*common, "train.max_steps=2").returncode == 0
+    result = run_train(*common, "train.max_steps=4")
+    assert "resumed at step 2; the learning rate is now 0.00225 instead of 0" in result.stdout, result.stderr
+    assert [line["lr"] for line in read_metrics(tmp_path / "run")][2:] == pytest.approx([0.00225, 0.00075])
+
+
 @pytest.mark.parametrize("args, message", [
     (["model.num_latents=999"], "model.num_latents=999 exceeds"),
     (["model.num_heads=3"], "num_heads=3"),
-    (["train.accumulate=3"], "data.batch_size=4 is not divisible by train.accumulate=3"),
+    (["train.gradient_accumulation_steps=3"],
+     "data.batch_size=4 is not divisible by train.gradient_accumulation_steps=3 x 1 processes"),
     (["data.path=/nowhere"], "data.path=/nowhere does not exist"),
     (["train.device=cuda"] if not torch.cuda.is_available() else ["train.device=x"], "device"),
     (["train.resume=/nowhere.pt"], "checkpoint /nowhere.pt does not exist"),
@@ -189,21 +220,21 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, args, message):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_of_before_an_option_was_there_goes_on(tmp_path, corpus):
+def test_a_checkpoint_without_a_newer_option_can_be_resumed(tmp_path, corpus):
     run = tmp_path / "run"
     common = [f"data.path={corpus}", f"train.out_dir={run}"]
     assert run_train(*common, "train.max_steps=2").returncode == 0
     last = run / "checkpoints" / "last.pt"
     saved = checkpoint.load(last)
-    del saved["config"]["model"]["rotary"], saved["config"]["data"]["tokenizer"]
+    del saved["config"]["model"]["output_bias"], saved["config"]["data"]["tokenizer"]
     checkpoint.save(saved, last)
     result = run_train(*common, "train.max_steps=3")
     assert result.returncode == 0 and "resumed at step 2" in result.stdout, result.stderr
-    result = run_train(*common, "train.max_steps=4", "model.activation=squared_relu")
-    assert result.returncode == 2 and "model.activation was gelu, is squared_relu" in result.stderr
+    result = run_train(*common, "train.max_steps=4", "model.output_bias=false")
+    assert result.returncode == 2 and "model.output_bias was True, is False" in result.stderr
 
 
-def test_options_of_the_optimizer_count_when_a_run_goes_on(tmp_path, corpus):
+def test_a_resumed_run_uses_new_options_of_the_optimizer(tmp_path, corpus):
     common = [f"data.path={corpus}", f"train.out_dir={tmp_path}/run"]
     assert run_train(*common, "train.max_steps=2").returncode == 0
     assert run_train(*common, "train.max_steps=3", "optim.weight_decay=0.5").returncode == 0
@@ -215,15 +246,96 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, corpus):
     (tmp_path / "file").write_text("")
     result = run_train(f"data.path={corpus}", f"train.out_dir={tmp_path}/file/run", "train.max_steps=1")
     assert result.returncode == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    result = run_train(f"data.path={corpus}", f"train.out_dir={tmp_path}/file", "train.max_steps=1")
+    assert result.returncode == 2
+    assert result.stderr == f"error: cannot create the folder train.out_dir={tmp_path}/file: File exists\n"
+
+
+@pytest.mark.parametrize("args", [["--help"], ["-h"], ["configs/clm.yaml", "--help"],
+                                  ["configs/clm.yaml", "train.seed=1", "-h"]])
+def test_help(args):
+    result = run_script("train.py", *args)
+    assert result.returncode == 0 and "torchrun train.py CONFIG [section.key=value ...]" in result.stdout
+
+
+def test_no_config_is_a_mistake():
+    result = run_script("train.py")
+    assert result.returncode == 2 and "error: " in result.stderr and "train.py CONFIG" in result.stderr
+
+
+def test_samples_are_made_in_evaluation_mode_after_the_checkpoint_is_saved(tmp_path, corpus, monkeypatch):
+    config = load_config(ROOT / "configs/clm.yaml", [*TINY, f"data.path={corpus}", f"train.out_dir={tmp_path}/run",
+                                                     "train.max_steps=2", "train.eval_every=1"], TASKS)
+    seen = []
+
+    class Probe(TASKS["causal_lm"]):
+        def loss(self, model, batch):
+            seen.append(("loss", model.training, torch.is_inference_mode_enabled()))
+            return super().loss(model, batch)
+
+        def visualize(self, model):
+            seen.append(("visualize", model.training, torch.is_inference_mode_enabled()))
+            last = checkpoint.load(tmp_path / "run/checkpoints/last.pt")
+            assert last["task"] == self.state_dict()
+            seen.append(last["step"])
+            return {}
+
+    monkeypatch.setitem(TASKS, "causal_lm", Probe)
+    monkeypatch.setattr(train, "StopSignal", lambda: SimpleNamespace(received=0))
+    assert train.train(config, Ranks(0, 1, torch.device("cpu"))) == 0
+    step = [("loss", True, False), ("loss", False, True), ("visualize", False, True)]
+    seen = [thing for number, thing in enumerate(seen) if thing not in seen[number - 1 : number]]  # drops repeats
+    assert seen == [*step, 1, *step, 2]
+
+
+@pytest.mark.parametrize("name, bf16, peak", [
+    ("NVIDIA H100 80GB HBM3", True, 989e12),
+    ("NVIDIA A100-SXM4-40GB", False, 156e12),
+    ("NVIDIA L4", True, 121e12),
+    ("NVIDIA L40S", True, 362e12),
+    ("NVIDIA L40", True, 0),  # it is no L4, and not in the table
+    ("NVIDIA GeForce RTX 4090", True, 165e12),
+    ("Tesla T4", True, 0),
+])
+def test_peaks_belong_to_whole_names(name, bf16, peak):
+    assert peak_flops(name, bf16) == peak
+
+
+def test_speed_is_measured_without_pauses(monkeypatch):
+    """The clock shows 10 s of training, 100 s of evaluation, 10 s of training. An H100 gets 3 batches of two shapes."""
+    clock = [0.0]
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    counted = []
+
+    def count(task, batch):
+        counted.append(batch["x"].shape)
+        return 1e15 * len(batch["x"])
+
+    monkeypatch.setattr(speed, "training_flops", count)
+    meter = speed.SpeedMeter(SimpleNamespace(rate="tokens_per_s"), torch.device("cuda"), bf16=True)
+    for size in (1, 2, 1):
+        meter.count({"x": torch.zeros(size)})
+    clock[0] = 10
+    with meter.paused():
+        clock[0] = 110
+    clock[0] = 120
+    assert meter.report(samples=5, tokens=500) == {"tokens_per_s": 25, "mfu": pytest.approx(4e15 / 20 / 989e12)}
+    assert [len(shape) for shape in counted] == [1, 1]
+    clock[0] = 130
+    assert meter.report(samples=5, tokens=500) == {"tokens_per_s": 50, "mfu": 0}
+    meter = speed.SpeedMeter(SimpleNamespace(rate="samples_per_s"), torch.device("cpu"), bf16=True)
+    clock[0] = 135
+    assert meter.report(samples=5, tokens=500) == {"samples_per_s": 1}
 
 
 def test_floating_point_operations_are_counted():
-    """Of linear maps 2 a weight and token, of attention 4 a query, key and channel; three times that to train."""
+    """A linear map takes 2 per weight and token, attention 4 per query, key and channel. Training triples them."""
     config = load_config(ROOT / "configs/clm.yaml", [*TINY, "data.batch_size=1"], TASKS)
     c, task = config.model, TASKS[config.task](config)
     batch = {"input_ids": torch.zeros(3, 32, dtype=torch.long), "labels": torch.zeros(3, 8, dtype=torch.long)}
     width, n, m = c.num_channels, 8, 32
-    # q, output and MLP of every layer; k and v of the latents in the others, of all inputs in the cross-attention
+    # q, output and MLP of every layer; k and v of the latents in self-attention, of all inputs in cross-attention
     layers = (20 * n * (1 + c.num_self_attention_layers) + 4 * n * c.num_self_attention_layers + 4 * m) * width**2
     attention = 4 * (n * m + c.num_self_attention_layers * n * n) * width
     assert training_flops(task, batch) == 3 * 3 * (layers + attention + 2 * n * width * c.vocab_size)
@@ -240,7 +352,7 @@ def test_own_token_ids_end_to_end(tmp_path):
     assert sample.returncode == 0 and len(sample.stdout.split()) == 7, sample.stderr
     too_few = run_train(*args[:1], f"train.out_dir={tmp_path}/other", "model.vocab_size=40")
     assert too_few.returncode == 2 and "token 49" in too_few.stderr
-    (tmp_path / "ids.npy").unlink()  # a checkpoint is enough to sample from
+    (tmp_path / "ids.npy").unlink()  # sampling needs only the checkpoint
     again = run_script("generate.py", "--ckpt", tmp_path / "run/checkpoints/last.pt", "--prompt", "3 4 5",
                        "--max-new-tokens", "4")
     assert again.stdout == sample.stdout

@@ -1,40 +1,9 @@
-"""The tasks, by the name that a config gives, and how to load what one of them trained."""
-from pathlib import Path
+"""The tasks. Importing this package imports every module of its folder, so a new file registers its task itself."""
 
-import torch
-from torch import nn
+import importlib
+import pkgutil
 
-from perceiver import checkpoint
-from perceiver.config import from_dict
-from perceiver.pretrained import load_weights
-from perceiver.tasks.base import Autoregression, Classification, Task
-from perceiver.tasks.copy import Copy
-from perceiver.tasks.flow import OpticalFlow
-from perceiver.tasks.image import ImageClassification, ImageSequences
-from perceiver.tasks.language import CausalLM, MaskedLM, TextClassification
-from perceiver.tasks.music import SymbolicMusic
-from perceiver.tasks.video import MultimodalAutoencoding
+from perceiver.tasks.base import TASKS, Task
 
-TASKS = {
-    "causal_lm": CausalLM,
-    "masked_lm": MaskedLM,
-    "text_classification": TextClassification,
-    "image_classification": ImageClassification,
-    "copy": Copy,
-    "symbolic_music": SymbolicMusic,
-    "image_ar": ImageSequences,
-    "optical_flow": OpticalFlow,
-    "multimodal_autoencoding": MultimodalAutoencoding,
-}
-
-
-def load_checkpoint(path: str | Path, device: torch.device) -> tuple[Task, nn.Module]:
-    """The task of a checkpoint of train.py and its model, rebuilt from the config in it, in evaluation mode. Raises
-    UserError if there is none or it is broken."""
-    saved = checkpoint.load(path, device)
-    config = from_dict(saved["config"], TASKS)
-    task = TASKS[config.task](config)
-    task.restore(saved)
-    model = task.build_model().to(device)
-    load_weights(model, saved["model"], str(path))
-    return task, model.eval()
+for module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"perceiver.tasks.{module.name}")

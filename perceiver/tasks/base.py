@@ -1,134 +1,264 @@
-"""What a task is, and what several of them have in common.
+"""The base class of all tasks, and the parts that several tasks share.
 
-A task is what a run is about: the loop in train.py asks it for everything that depends on the modality. Losses and
-metrics travel as sums over examples and ranks; the loop divides only at the end, so that neither the number of ranks
-nor uneven batches change a result.
+A task holds everything that depends on the modality; the loop in train.py asks the task. A task returns losses and
+metrics as sums. The loop adds the sums of all batches and ranks, and only then divides by the count. So uneven batches
+and the number of ranks change no result.
+
+Letters in shapes are those of model.py; L is the number of positions with logits.
 """
+
 import math
+import sys
+import time
 from abc import ABC, abstractmethod
+from argparse import Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
+from perceiver import decoding
 from perceiver.config import Config
-from perceiver.data import IGNORE, Shuffled, Tokens
+from perceiver.data import IGNORE, StreamDecoder, Tokens, derive_seed
 from perceiver.errors import UserError
-from perceiver.model import PerceiverARConfig
-from perceiver.pretrained import start_from
+from perceiver.io import read_text, shorten, tell
+from perceiver.model import PerceiverARConfig, draw_prefix_keep
+
+Batch = dict[str, Tensor]
+Sums = dict[str, Tensor]  # scalars
+Metrics = dict[str, float]
+
+TASKS: dict[str, type["Task"]] = {}  # all tasks by the name that a config gives
 
 
 class Task(ABC):
-    """A task has the dataclasses of its config sections, `ModelConfig` and `DataConfig`, and these methods."""
-    ModelConfig: type
-    DataConfig: type
-    rate = "samples_per_s"  # what is counted of the speed; tokens_per_s counts as `count` does in `loss`
-    class_names: list[str] | None = None  # of a classifier, once the data is loaded
+    """One task: its config classes, model, data, loss, metrics and pictures, and how the scripts use its model.
+
+    train.py calls `build_model`, `load_data`, `loss`, `metrics`, `visualize` and `summary`; generate.py calls
+    `generate`, predict.py calls `predict`. Callers set training or evaluation mode and turn gradients on or off.
+    """
+
+    name: str  # the value of `task:` in a config
+    ModelConfig: type  # dataclass of the config section `model`; its `build()` returns the model
+    DataConfig: type  # dataclass of the config section `data`, a LoaderConfig
+    rate = "samples_per_s"  # the speed metric: samples_per_s counts examples, tokens_per_s the `count` of `loss`
+    options: tuple[str, ...] = ()  # options of generate.py and predict.py that this task takes besides the common ones
+    class_names: list[str] | None = None  # of a classifier
+    data_note = ""  # a line about the training and validation data; load_data sets it
+
+    def __init_subclass__(cls):
+        if "name" in vars(cls):
+            TASKS[cls.name] = cls
 
     def __init__(self, config: Config):
         self.config = config
 
     def build_model(self) -> nn.Module:
-        return self.config.model.build()
+        try:
+            return self.config.model.build()
+        except ValueError as error:
+            raise UserError(f"model.{error}") from None
 
-    def initialise(self, model: nn.Module) -> None:
-        """What a new run does to a new model; a resumed one doesn't."""
-        if getattr(self.config.model, "init_from", None) is not None:
-            start_from(model, self.config.model.init_from, self.config)
-
-    def state(self) -> dict:
-        """What a checkpoint keeps beside the config, because the data told it."""
+    def state_dict(self) -> dict:
+        """The attributes that come from the data. A checkpoint keeps them, so prediction needs no data."""
         return {"class_names": self.class_names}
 
-    def restore(self, saved: dict) -> None:
-        """Takes the `state` in a checkpoint."""
-        self.class_names = saved.get("class_names")
+    def load_state_dict(self, state: dict):
+        self.class_names = state["class_names"]
 
     @abstractmethod
     def load_data(self) -> tuple[Dataset, Dataset]:
-        """The training set, by key (step, index in the global batch), and the validation set."""
-
-    def check_classes(self, names: list[str], key: str, num_classes: int) -> None:
-        """Keeps the data's classes, which must be as many as `key` in the config says."""
-        self.class_names = names
-        if len(names) != num_classes:
-            raise UserError(f"{key}={num_classes}, but the data has {len(names)} classes: "
-                            f"{', '.join(names[:12])}{', ...' if len(names) > 12 else ''}")
+        """The training set, indexed by (step, index in the global batch), and the validation set, indexed by 0, 1, ..."""
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over the batch: `loss` in nats, its `count`, and whatever `metrics` needs."""
+    def loss(self, model: nn.Module, batch: Batch) -> Sums:
+        """Sums over the batch: `loss` in nats, its `count`, and other sums for `metrics`."""
 
-    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """Means, by name, of sums."""
+    def metrics(self, sums: Metrics) -> Metrics:
+        """Means by name, from sums of `loss` over examples and ranks."""
         metrics = {"loss": sums["loss"] / sums["count"]}
         if "correct" in sums:
             metrics["accuracy"] = sums["correct"] / sums["count"]
         return metrics
 
-    def show(self, model: nn.Module) -> dict[str, str | Tensor | tuple[Tensor, int]]:
-        """Things to look at after an evaluation, by name: texts, pictures (3, H, W) of uint8, and sounds (S, 1) in
-        [-1, 1] with their sample rate."""
+    def visualize(self, model: nn.Module) -> dict[str, str | Tensor | tuple[Tensor, int]]:
+        """Texts, pictures (3, H, W) of uint8, and sounds (S, 1) in [-1, 1] with their sample rate, by name."""
         return {}
 
-    def summary(self, metrics: dict[str, float]) -> str | None:
-        """A closing line: the result on the validation set beside a yardstick."""
+    def summary(self, metrics: Metrics) -> str | None:
+        """A line at the end of a run: the validation result beside a baseline. None: the metrics alone."""
         return None
+
+    def generate(self, model: nn.Module, args: Namespace):
+        """Continues the prompt of generate.py. `args` are its options."""
+        raise UserError(f"task {self.name} does not implement generate; if it implements predict, use predict.py")
+
+    def predict(self, model: nn.Module, args: Namespace):
+        """Runs the model on the inputs of predict.py. `args` are its options."""
+        raise UserError(f"task {self.name} does not implement predict; if it implements generate, use generate.py")
+
+    def check_classes(self, names: list[str], key: str, num_classes: int):
+        """Stores the class names of the data. Raises UserError if there are not `num_classes`, the value of `key`."""
+        self.class_names = names
+        if len(names) != num_classes:
+            raise UserError(f"{key}={num_classes}, but the data has {len(names)} classes: {shorten(', '.join(names))}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Perceiver AR
 
 
 class Autoregression(Task):
-    """Perceiver AR on sequences of any kind: predict the next token at each of the last N positions of a window."""
+    """Perceiver AR on sequences: predict the next token at each of the last N positions of a window."""
+
     ModelConfig = PerceiverARConfig
     rate = "tokens_per_s"
-    unit = "token"
+    unit = "token"  # the unit in names of metrics, such as bits_per_token
+    vocab_size: int  # number of different tokens; `model.vocab_size: null` takes it
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def __init__(self, config):
+        super().__init__(config)
+        if config.model.vocab_size is None:
+            config.model.vocab_size = self.vocab_size
+        self.check_vocab_size(self.min_vocab_size, f"task {self.name}")
+
+    @property
+    def min_vocab_size(self):
+        return self.vocab_size
+
+    def check_vocab_size(self, needed: int, what: str):
+        """Raises UserError if the model has fewer than `needed` tokens. The message names `what` needs them."""
+        vocab_size = self.config.model.vocab_size
+        if vocab_size < needed:
+            raise UserError(f"model.vocab_size={vocab_size} is too small for {what}, which needs {needed}")
+
+    def with_prefix_dropout(self, windows: Dataset) -> Dataset:
+        """The training set `windows`, with random prefix positions to keep if model.cross_attention_dropout is set."""
+        model = self.config.model
+        if model.cross_attention_dropout == 0:
+            return windows
+        return PrefixDropout(windows, model.num_latents, model.cross_attention_dropout, self.config.train.seed)
+
+    def loss(self, model, batch):
         labels = batch["labels"]  # (B, N)
         logits = model(batch["input_ids"], labels.shape[1], batch.get("pad_mask"), batch.get("prefix_keep"))
         sums = self.sums(logits, batch)
-        if model.training and (weight := self.config.model.z_loss):
+        weight = self.config.model.z_loss
+        if model.training and weight:
             log_z = logits.float().logsumexp(-1) * (labels != IGNORE)  # (B, N)
             sums["loss"] = sums["loss"] + weight * log_z.square().sum()
         return sums
 
-    def sums(self, logits: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As of `loss`, without z-loss."""
+    def sums(self, logits: Tensor, batch: Batch) -> Sums:
+        """The sums of `loss` before the z-loss is added."""
         sums = token_sums(logits, batch["labels"])
         return sums | {"cross_entropy": sums["loss"]}
 
-    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+    def metrics(self, sums):
         bits = sums["cross_entropy"] / sums["count"] / math.log(2)
         return {"loss": sums["loss"] / sums["count"], f"bits_per_{self.unit}": bits}
 
+    def sample(
+        self, model: nn.Module, prompt: list[int], args: Namespace, max_new_tokens: int | None = None
+    ) -> Iterator[list[int]]:
+        """Yields the next token of every sample, `max_new_tokens` times. Reports progress on stderr."""
+        max_new_tokens = max_new_tokens or args.max_new_tokens
+        context = model.config.max_seq_len
+        if len(prompt) > context:
+            tell(f"the prompt has {len(prompt)} tokens; the model sees only the last {context} of them, its context")
+        prompts = [prompt] * args.num_samples
+        try:
+            steps = decoding.generate(
+                model,
+                prompts,
+                max_new_tokens,
+                args.temperature,
+                args.top_k,
+                args.top_p,
+                args.seed,
+                args.stride,
+                not args.no_kv_cache,
+                args.compile,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        start = time.perf_counter()
+        for tokens in tqdm(steps, total=max_new_tokens, unit=" tokens", disable=sys.stdout.isatty()):
+            yield tokens.tolist()
+        seconds = time.perf_counter() - start
+        count = args.num_samples * max_new_tokens
+        tell(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s")
 
-class Classification(Task):
-    """One label for an input, whatever that is."""
+    def continue_text(self, model, args):
+        """Prints the prompt and its continuation: a single sample token by token, several when all are complete.
 
-    def share(self, train_set: Dataset, val_set: Dataset) -> tuple[Dataset, Dataset]:
-        """The data in the order of training, once its classes are found to be the model's."""
-        self.check_classes(train_set.class_names, "model.num_classes", self.config.model.num_classes)
-        self.val_set = val_set
-        return Shuffled(train_set, self.config.data.batch_size, self.config.train.seed), val_set
+        Uses `self.tokenizer`.
+        """
+        text = read_prompt(args)
+        prompt = self.tokenizer.encode(text)
+        steps = self.sample(model, prompt, args)
+        streams = [StreamDecoder(self.tokenizer, prompt) for _ in range(args.num_samples)]
+        if args.num_samples > 1:
+            samples = [text + stream.push(tokens) + stream.finish() for stream, tokens in zip(streams, zip(*steps))]
+            write("\n-----\n".join(samples) + "\n")
+            return
+        (stream,) = streams
+        for tokens in steps:
+            write(text + stream.push(tokens))
+            text = ""  # the prompt is written once, with the first token
+        write(stream.finish() + "\n")
 
-    def class_sums(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> dict[str, Tensor]:
-        """Of logits (B, E) and classes (B,) or their probabilities (B, E)."""
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
-        classes = labels if labels.ndim == 1 else labels.argmax(-1)
-        return {"loss": loss, "count": torch.tensor(len(logits), device=loss.device),
-                "correct": (logits.argmax(-1) == classes).sum()}
+
+@dataclass
+class PrefixDropout(Dataset):
+    """Adds to each example of `windows` the prefix positions that a training step keeps: prefix_keep (P',).
+
+    The dataset draws them, not the model: random numbers of the GPU would depend on the number of ranks.
+    """
+
+    windows: Dataset
+    num_latents: int
+    dropout: float
+    seed: int
+
+    def __getitem__(self, key):
+        example = self.windows[key]
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, *key, 2))
+        prefix_length = len(example["input_ids"]) - self.num_latents
+        prefix_keep = draw_prefix_keep(1, prefix_length, self.dropout, generator)
+        return example | {"prefix_keep": prefix_keep[0]}
 
 
-def token_sums(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Of logits (B, L, V) and labels (B, L), where those are not IGNORE."""
+def read_prompt(args):
+    """The text of the prompt. Bytes that are not UTF-8 become surrogates; `write` turns them back into bytes."""
+    if args.prompt_file is None and args.prompt != "-":
+        return args.prompt
+    return read_text(args.prompt_file or args.prompt).decode("utf-8", "surrogateescape")
+
+
+def write(text: str):
+    """Writes text to stdout at once. Surrogates become the bytes that they stand for."""
+    sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
+    sys.stdout.buffer.flush()
+
+
+def token_sums(logits: Tensor, labels: Tensor) -> Sums:
+    """The summed loss and the count of labels, from logits (B, L, V) and labels (B, L). IGNORE labels do not count."""
     loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
     return {"loss": loss, "count": (labels != IGNORE).sum()}
 
 
-def bits_by_frequency(train: Tokens, val_set: Dataset) -> float:
-    """The yardstick of a prediction: bits of a label of `val_set` by how frequent it is in the training data."""
+def unigram_bits(train: Tokens, val_set: Dataset) -> float:
+    """The unigram baseline: mean bits per label of `val_set` under the token frequencies of the training data."""
     labels = np.concatenate([val_set[index]["labels"] for index in range(len(val_set))])
     labels = labels[labels != IGNORE] - train.offset
-    counts = np.bincount(train.values, minlength=labels.max() + 1) + 1  # one more of each: none is impossible
+    size = 1 + max(labels.max(), train.values.max().astype(int))
+    counts = np.ones(size)  # start at 1: no token gets probability 0
+    for block in np.split(train.values, range(2**24, len(train), 2**24)):  # the corpus may be larger than memory
+        counts += np.bincount(block, minlength=size)
     return -np.log2(counts / counts.sum())[labels].mean()

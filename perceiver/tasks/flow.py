@@ -1,59 +1,511 @@
-"""Optical flow."""
+"""Optical flow: Perceiver IO predicts how each pixel of a frame moves to the next frame (Perceiver IO, section 4.2).
+
+The flow of a pixel is two numbers: its motion in pixels to the right, and down.
+Shapes: B pairs of frames, H x W pixels; M inputs, C channels and O outputs are those of model.py.
+"""
+
+import re
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
+from torchvision.io import decode_image
+from torchvision.transforms import v2
+from torchvision.utils import flow_to_image
+from tqdm import tqdm
 
 from perceiver import pictures
-from perceiver.architectures import OpticalFlowConfig
-from perceiver.data import FlowDataConfig, load_flow
-from perceiver.flow import compute_flow
+from perceiver.adapters import FourierPositions, InputAdapter, InputQueries, LinearOutput
+from perceiver.config import Count, Positive
+from perceiver.data import LoaderConfig, Shuffled, hold_out_folders, read_image
+from perceiver.errors import UserError, reading
+from perceiver.io import output, progress, read_bytes, save_picture, tell
+from perceiver.model import PerceiverDecoder, PerceiverIO, PerceiverIOConfig, init_weights
 from perceiver.tasks.base import Task
+from perceiver.tasks.images import image_files
+from perceiver.tasks.video import SUFFIXES, num_video_frames, video_frames
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+
+
+class FrameFeatures(nn.Module):
+    """Two frames (B, 2, 3, H, W) -> features (B, H, W, C): a linear map of the 3x3 patches around each pixel.
+
+    A pixel has one patch in each frame; outside a frame there are zeros. The weights of a channel have the order frame,
+    row, column, color (Perceiver IO, appendix H; DeepMind's optical_flow colab). A convolution computes the map, so no
+    tensor holds all patches.
+    """
+
+    def __init__(self, num_channels: int, init_scale=0.02):
+        super().__init__()
+        self.linear = nn.Linear(2 * 3 * 3 * 3, num_channels)
+        init_weights(self, init_scale)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """Raises ValueError unless `frames` has the shape (B, 2, 3, H, W)."""
+        if frames.shape[1:3] != (2, 3):
+            raise ValueError(f"frames of shape {tuple(frames.shape)}, expected (batch, 2, 3, height, width)")
+        weight = self.linear.weight.unflatten(1, (2, 3, 3, 3))  # (C, frame, row, column, color)
+        kernels = weight.movedim(-1, 2).flatten(1, 2)  # (C, 6, 3, 3)
+        features = F.conv2d(frames.flatten(1, 2), kernels, self.linear.bias, padding=1)
+        return features.movedim(1, -1)
+
+
+class FlowOutput(LinearOutput):
+    """Decoded queries (B, O, F) -> flow (B, O, 2) in pixels.
+
+    DeepMind's decoder divides its outputs by 100; the result is in units of 20 pixels.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 20 / 100 * self.linear(x)
+
+
+class OpticalFlowModel(PerceiverIO):
+    """Perceiver IO with one output per pixel."""
+
+    def forward(self, frames: Tensor, output_positions: Tensor | None = None) -> Tensor:
+        """Two frames (B, 2, 3, H, W) in [-1, 1] -> flow (B, H, W, 2), or (B, O', 2) at `output_positions`.
+
+        `output_positions`, (O') or (B, O'), are indices of pixels, row by row.
+        """
+        flow = super().forward(frames, output_positions=output_positions)  # (B, O, 2)
+        return flow.unflatten(1, frames.shape[-2:]) if output_positions is None else flow
+
+
+@dataclass
+class FrameInputConfig:
+    frame_shape: tuple[Count, Count] = (368, 496)  # height and width of the model's frames
+    num_feature_channels: Count = 64  # output channels of FrameFeatures
+    num_frequency_bands: Count = 64  # K, Fourier bands of the positions; positions are concatenated to features
+    max_resolution: tuple[Count, Count] | None = None  # twice the highest frequency per axis; null: frame_shape
+
+    def build(self, init_scale) -> InputAdapter:
+        """Frames (B, 2, 3, H, W) -> (B, H * W, C)."""
+        features = FrameFeatures(self.num_feature_channels, init_scale)
+        positions = FourierPositions(self.frame_shape, self.num_frequency_bands, self.max_resolution)
+        return InputAdapter(features, self.num_feature_channels, positions)
+
+
+@dataclass
+class OpticalFlowConfig(PerceiverIOConfig):
+    """Two frames to flow. The query of each pixel is its adapted input."""
+
+    input: FrameInputConfig = field(default_factory=FrameInputConfig)
+
+    def __post_init__(self):
+        if self.decoder is None:
+            raise ValueError("decoder=None: optical flow needs a decoder")
+        if self.decoder.num_query_channels is not None:
+            raise ValueError(
+                f"decoder.num_query_channels={self.decoder.num_query_channels} must be null: the inputs are the queries"
+            )
+
+    def build(self) -> OpticalFlowModel:
+        input_adapter = self.input.build(self.encoder.init_scale)
+        num_channels = input_adapter.num_channels
+        encoder = self.build_encoder(num_channels)
+        decoder = PerceiverDecoder(self.decoder, self.num_latent_channels, num_channels)
+        output_adapter = FlowOutput(num_channels, 2, init_scale=0.0)  # an untrained model predicts no motion
+        return OpticalFlowModel(input_adapter, encoder, InputQueries(), decoder, output_adapter)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Frames of any size, in tiles
+
+
+def compute_flow(model: nn.Module, frames: Tensor, tile) -> Tensor:
+    """Two frames (2, 3, H, W) in [-1, 1] -> flow (H, W, 2). The model runs on tiles of size `tile` (height, width).
+
+    Where tiles overlap, the result is the weighted mean of their flows. The weight of a pixel is its distance to the
+    edge of the tile (DeepMind's optical_flow colab). Frames smaller than a tile are padded on the right and below: the
+    padding repeats the last column and row.
+    """
+    h, w = tile
+    height, width = frames.shape[2:]
+    padding = (0, max(0, w - width), 0, max(0, h - height))
+    frames = F.pad(frames, padding, mode="replicate")
+    size = frames.shape[2:]
+    rows, columns = map(edge_distance, tile)
+    weight = torch.minimum(rows[:, None], columns)  # (h, w)
+    weight = weight.to(frames)[..., None]
+    flow = frames.new_zeros(*size, 2)
+    total = torch.zeros_like(flow)  # sum of the weights so far
+    for top, left in product(*map(tile_starts, size, tile)):
+        box = slice(top, top + h), slice(left, left + w)
+        tile_flow = model(frames[None, :, :, *box])[0]
+        total[box] += weight
+        share = weight / total[box]
+        flow[box] += share * (tile_flow - flow[box])  # a running mean, exact where tiles agree
+    return flow[:height, :width]
+
+
+def edge_distance(size):
+    """Distances (size,) to the nearest edge: 1, 2, 3, ..., 3, 2, 1."""
+    numbers = torch.arange(1, size + 1)
+    return torch.minimum(numbers, numbers.flip(0))
+
+
+def tile_starts(size, tile):
+    """Starts of the tiles along an axis of `size` pixels. The last tile ends with the frame.
+
+    Tiles overlap by 20 pixels or more, as DeepMind's do. Tiles of less than 100 pixels overlap by three quarters. With
+    one half instead, a dotted grid appears in the flow of flow.yaml's model, six times as strong.
+    """
+    overlap = 20 if tile >= 100 else 3 * tile // 4
+    starts = range(0, size, tile - overlap)
+    return sorted({min(start, size - tile) for start in starts})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data sets. An example has frames (2, 3, H, W) in [-1, 1], flow (H, W, 2), and valid (H, W), false where the flow is
+# unknown. An example may also have positions (O'), the indices of some pixels. Then flow (O', 2) and valid (O') are of
+# these pixels only.
+
+# For each data set: the flow files in data.path, the first frame of a pair, and the fraction held out for validation.
+# {folder} and {stem} come from the path of the flow file; {render} is clean or final.
+LAYOUTS = {
+    "sintel": ("Sintel/training/flow/*/frame_*.flo", "Sintel/training/{render}/{folder}/{stem}.png", 1 / 8),
+    "chairs": ("FlyingChairs/data/*_flow.flo", "FlyingChairs/data/{stem}_img1.ppm", None),  # has a split of its own
+    "kitti": ("KittiFlow/training/flow_occ/*_10.png", "KittiFlow/training/image_2/{stem}.png", 1 / 10),
+    "middlebury": ("other-gt-flow/*/flow10.flo", "other-data/{folder}/frame10.png", 1 / 3),
+}
+
+
+@dataclass
+class FlowDataConfig(LoaderConfig):
+    dataset: Literal["generated", "sintel", "chairs", "kitti", "middlebury"] = "generated"
+    path: str | None = None  # folder that holds Sintel, FlyingChairs, KittiFlow, or other-data and other-gt-flow
+    max_motion: Positive = 4.0  # generated: largest shift of an object in pixels, along each axis
+    val_size: Count = 256  # generated: number of validation pairs
+    sintel_pass: Literal["clean", "final", "both"] = "both"  # final adds motion blur and fog
+    flip: bool = False  # training on files: horizontal flips, p 0.5, and vertical flips, p 0.1
+    num_image_queries: Count | None = None  # training: number of random pixels to predict; null: all pixels
+    eval_whole: bool = False  # validation on files: whole frames, in tiles; false: center crops of frame_shape
+
+    def __post_init__(self):
+        if self.dataset != "generated" and self.path is None:
+            raise ValueError(f"path=None must name the folder that holds {LAYOUTS[self.dataset][0]}")
+
+
+def load_flow(config: FlowDataConfig, frame_shape, seed):
+    """Training pairs, by key (step, index in the global batch), and validation pairs.
+
+    With `eval_whole`, validation frames are cropped to the smallest of them. Training pads frames smaller than
+    `frame_shape`; the flow of the padding is unknown. Raises UserError if files are missing.
+    """
+    if config.dataset == "generated":
+        train_set = GeneratedFlow(config, frame_shape, seed, config.num_image_queries)
+        val_set = GeneratedFlow(config, frame_shape, seed=2**63)  # larger than any train.seed
+        return train_set, val_set
+    train, val = find_pairs(config)
+    transforms = [v2.RandomCrop(frame_shape, pad_if_needed=True)]
+    if config.flip:
+        transforms.append(partial(random_flip, axis=2, probability=0.5))
+        transforms.append(partial(random_flip, axis=1, probability=0.1))
+    train_set = FlowFiles(train, v2.Compose(transforms), config.num_image_queries)
+    val_shape = frame_shape
+    if config.eval_whole:
+        shapes = [read_frame(first).shape[1:] for first, *_ in val]
+        val_shape = np.min(shapes, axis=0).tolist()
+    val_set = FlowFiles(val, v2.CenterCrop(val_shape))
+    return Shuffled(train_set, config.batch_size, seed), val_set
+
+
+def make_example(frames, flow, valid, num_queries, permutation):
+    """An example with all pixels, or, if `num_queries` is given, with that many random ones.
+
+    `permutation(n)` returns the numbers below n in random order.
+    """
+    example = {"frames": frames, "flow": flow, "valid": valid}
+    if num_queries is None:
+        return example
+    positions = torch.as_tensor(permutation(valid.numel()))[:num_queries]
+    flow = flow.flatten(0, 1)[positions]
+    return example | {"flow": flow, "valid": valid.flatten()[positions], "positions": positions}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Generated pairs
+
+
+@dataclass
+class GeneratedFlow(Dataset):
+    """Textured objects move over a textured background. A pair depends only on `seed` and its key."""
+
+    config: FlowDataConfig
+    frame_shape: tuple[int, int]
+    seed: int
+    num_queries: int | None = None  # None: all pixels
+
+    def __len__(self):
+        return self.config.val_size
+
+    def __getitem__(self, key):
+        rng = np.random.default_rng((self.seed, *np.atleast_1d(key)))
+        frames, flow, _ = draw_pair(rng, self.frame_shape, self.config.max_motion)
+        valid = torch.ones(self.frame_shape, dtype=torch.bool)
+        return make_example(frames, flow, valid, self.num_queries, rng.permutation)
+
+
+def draw_pair(rng, frame_shape, max_motion):
+    """Two frames (2, 3, H, W), the flow (H, W, 2), and the index of the visible layer at each pixel (2, H, W).
+
+    A layer is a textured shape. Texture and shape are functions of a point in the first frame, and an affine map moves
+    them. Each pixel of the second frame looks up the point that moved to it. So the flow is exact.
+    """
+    height, width = frame_shape
+    size = torch.tensor([width, height])
+    rows, columns = np.indices(frame_shape)
+    pixels = torch.tensor(np.stack((columns, rows), axis=-1))  # (H, W, 2)
+
+    def draw_point(low, high):
+        return torch.from_numpy(rng.uniform(low, high, 2)).float()
+
+    for layer in range(rng.integers(2, 5)):  # the background, then one to three objects
+        center = draw_point(0.1, 0.9) * size
+        angle = rng.uniform(-0.1, 0.1)
+        zoom = rng.uniform(0.95, 1.05)
+        cosine, sine = np.cos(angle), np.sin(angle)
+        transform = zoom * torch.tensor([[cosine, -sine], [sine, cosine]]).float()
+        shift = draw_point(-max_motion, max_motion)
+        target = (pixels - center) @ transform.T + center + shift  # where pixels of the first frame move to
+        source = (pixels - center - shift) @ transform.inverse().T + center  # where pixels of the second come from
+        motion = target - pixels
+        points = torch.stack((pixels, source))  # (2, H, W, 2)
+
+        texture = rng.normal(size=(3, height // 3, width // 3))  # a new color every 3 pixels
+        textures = torch.from_numpy(texture).float().expand(2, -1, -1, -1)
+        places = 2 * points / size - 1
+        colors = F.grid_sample(textures, places, padding_mode="reflection", align_corners=False)
+        colors = colors.tanh()  # (2, 3, H, W)
+        if layer == 0:
+            frames, flow = colors, motion
+            layers = torch.zeros(2, height, width)
+            continue
+        radii = draw_point(0.15, 0.35) * size
+        power = rng.choice([2, 8])  # 2: an ellipse, 8: almost a box
+        distance = (points - center) / radii
+        inside = distance.abs().pow(power).sum(-1) < 1  # (2, H, W)
+        frames = torch.where(inside[:, None], colors, frames)
+        flow = torch.where(inside[0, ..., None], motion, flow)
+        layers = layers.masked_fill(inside, layer)
+    return frames, flow, layers
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pairs in files
+
+
+def find_pairs(config):
+    """The files (first frame, second frame, flow) of all training pairs, and of all validation pairs.
+
+    FlyingChairs has a split of its own. The test sets of the others have no flow. So every n-th scene of the training
+    set is held out for validation; KITTI has no scenes, so it is every n-th pair. Raises UserError if files are
+    missing.
+    """
+    root = Path(config.path)
+    flow_pattern, frame_pattern, val_fraction = LAYOUTS[config.dataset]
+    flows = sorted(root.glob(flow_pattern))
+    if len(flows) < 2:
+        raise UserError(f"data.path={root} holds {len(flows)} files {flow_pattern}; it must hold two or more")
+    if config.dataset == "chairs":
+        train, val = split_chairs(flows, root / "FlyingChairs/FlyingChairs_train_val.txt")
+    else:
+        train, val = hold_out_folders(root, flows, val_fraction)
+    passes = ("clean", "final") if config.sintel_pass == "both" else (config.sintel_pass,)
+
+    def pairs(flows):
+        found = {}
+        for render, flow in product(passes, flows):
+            stem = flow.stem.removesuffix("_flow")
+            first = root / frame_pattern.format(render=render, folder=flow.parent.name, stem=stem)
+            found[first] = (first, next_file(first), flow)  # the dict drops repeats: only Sintel has two passes
+        return list(found.values())
+
+    return pairs(train), pairs(val)
+
+
+def split_chairs(flows, split):
+    """The flow files for training and for validation. The file `split` has one line per pair: 1 or 2."""
+    parts = read_bytes(split).split()
+    if len(parts) != len(flows) or set(parts) != {b"1", b"2"}:
+        raise UserError(f"{split} must have a line for each of {len(flows)} pairs: 1 for training, 2 for validation")
+    train = [flow for flow, part in zip(flows, parts) if part == b"1"]
+    val = [flow for flow, part in zip(flows, parts) if part == b"2"]
+    return train, val
+
+
+def next_file(file):
+    """The file with the next number: frame_0002.png for frame_0001.png."""
+    start, number = re.fullmatch(r"(.*?)(\d+)", file.stem).groups()
+    return file.with_stem(f"{start}{int(number) + 1:0{len(number)}}")
+
+
+@dataclass
+class FlowFiles(Dataset):
+    """Pairs in files. `transform` gets a pair as one image (9, H, W): 3 + 3 colors, 2 channels of flow, and valid.
+
+    PyTorch's generator draws the random pixels. Raises UserError if a file is broken, or if the files of a pair differ
+    in size.
+    """
+
+    pairs: list[tuple[Path, Path, Path]]  # files of the first frame, the second frame, and the flow
+    transform: nn.Module
+    num_queries: int | None = None  # None: all pixels
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        files = self.pairs[index]
+        first, second, flow_file = files
+        images = [read_frame(first), read_frame(second), read_flow(flow_file)]
+        check_sizes(files, images)
+        pixels = self.transform(torch.cat(images))
+        frames = pixels[:6].unflatten(0, (2, 3))
+        flow = pixels[6:8].movedim(0, -1)
+        return make_example(frames, flow, pixels[8] > 0, self.num_queries, torch.randperm)
+
+
+def random_flip(pixels, axis, probability):
+    """Flips a pair (9, H, W) along `axis`, 1 or 2, and negates the flow along this axis."""
+    if torch.rand(()) < probability:
+        pixels = pixels.flip(axis)
+        pixels[8 - axis] *= -1  # channel 6 is the flow to the right, along axis 2; channel 7 the flow down
+    return pixels
+
+
+def read_frame(file):
+    """An image file as a frame (3, H, W) in [-1, 1]. Raises UserError if the file cannot be read."""
+    return v2.functional.pil_to_tensor(read_image(file, 3)) / 127.5 - 1
+
+
+def check_sizes(names, images):
+    """Raises UserError unless all images (C, H, W) have the same size."""
+    sizes = [f"{image.shape[2]}x{image.shape[1]}" for image in images]
+    for name, size in zip(names, sizes):
+        if size != sizes[0]:
+            raise UserError(f"{name} is {size}, {names[0]} is {sizes[0]}; frames and flow must have the same size")
+
+
+def read_flow(file: Path) -> Tensor:
+    """Flow and valid as one tensor (3, H, W), from a .png file of KITTI or a .flo file of Middlebury.
+
+    A .flo file has 4 bytes "PIEH", width and height as int32, and float32 values row by row. Its unknown values are
+    above 1e9 or NaN; here they become 0. Raises UserError if the file cannot be read.
+    """
+    with reading(file):
+        if file.suffix == ".png":
+            values = decode_image(str(file)).float()  # 16-bit values
+            flow = (values[:2] - 2**15) / 64  # as in KITTI's development kit
+            valid = values[2] > 0
+        else:
+            values = torch.from_numpy(np.fromfile(file, np.float32))
+            width, height = values[1:3].view(torch.int32)
+            flow = values[3:].view(height, width, 2).movedim(-1, 0)
+            valid = (flow.abs() < 1e9).all(0)
+        return torch.cat((flow.where(valid, 0.0), valid[None]))
+
+
+def write_flo(file, flow):
+    """Writes flow (H, W, 2) as a .flo file."""
+    height, width, _ = flow.shape
+    header = b"PIEH" + np.int32([width, height]).tobytes()
+    Path(file).write_bytes(header + flow.numpy().tobytes())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Task
 
 
 class OpticalFlow(Task):
-    """Perceiver IO on two frames: how far does each pixel of the first one move (Perceiver IO, section 4.2)?
+    """The loss is the end-point error: the distance between predicted and true flow, in pixels, where flow is known."""
 
-    The loss is the end-point error, the distance in pixels between where a pixel goes and where it is said to go: what
-    benchmarks report. Where the flow is not known (KITTI), it does not count.
-    """
+    name = "optical_flow"
     ModelConfig = OpticalFlowConfig
     DataConfig = FlowDataConfig
 
-    def load_data(self) -> tuple[Dataset, Dataset]:
-        train_set, self.val_set = load_flow(self.config.data, self.config.model.input.frame_shape,
-                                            self.config.train.seed)
+    def load_data(self):
+        data = self.config.data
+        train_set, self.val_set = load_flow(data, self.config.model.input.frame_shape, self.config.train.seed)
+        if data.dataset == "generated":
+            self.data_note = f"generated frames; objects shift by at most {data.max_motion} pixels along each axis"
+        else:
+            self.data_note = f"{len(train_set.examples)} pairs for training, {len(self.val_set)} for validation"
         return train_set, self.val_set
 
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        flow, valid = batch["flow"], batch["valid"]  # (B, H, W, 2), (B, H, W); or (B, O', 2), (B, O') at positions
-        if "positions" in batch:
-            predicted = model(batch["frames"], batch["positions"])
-        else:
-            predicted = self.predict(model, batch["frames"])
-        error = torch.linalg.vector_norm(predicted.float() - flow, dim=-1)
-        return {"loss": (error * valid).sum(), "count": valid.sum(),
-                "motion": (torch.linalg.vector_norm(flow, dim=-1) * valid).sum()}
-
-    def predict(self, model: nn.Module, frames: Tensor) -> Tensor:
-        """Flow (B, H, W, 2) of frames (B, 2, 3, H, W), in tiles if they are not of the size that the model takes."""
-        tile = self.config.model.input.frame_shape
-        if frames.shape[3:] == tile:
+    def flow(self, model, frames) -> Tensor:
+        """Frames (B, 2, 3, H, W) -> flow (B, H, W, 2). Uses tiles unless the frames have the model's size."""
+        frame_shape = self.config.model.input.frame_shape
+        if frames.shape[3:] == frame_shape:
             return model(frames)
-        return torch.stack([compute_flow(model, pair, tile) for pair in frames])
+        return torch.stack([compute_flow(model, pair, frame_shape) for pair in frames])
 
-    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """`epe` is the end-point error, `motion` that of saying that nothing moves."""
-        return super().metrics(sums) | {"epe": sums["loss"] / sums["count"], "motion": sums["motion"] / sums["count"]}
+    def loss(self, model, batch):
+        frames, flow, valid = batch["frames"], batch["flow"], batch["valid"]
+        if "positions" in batch:
+            predicted = model(frames, batch["positions"])
+        else:
+            predicted = self.flow(model, frames)
+        error = (predicted.float() - flow).norm(dim=-1)
+        motion = flow.norm(dim=-1)
+        return {"loss": (error * valid).sum(), "count": valid.sum(), "motion": (motion * valid).sum()}
 
-    def show(self, model: nn.Module) -> dict[str, Tensor]:
-        """The first frames of some validation examples, the predicted flow, and the true one."""
-        picked = [self.val_set[n * len(self.val_set) // 4] for n in range(min(4, len(self.val_set)))]
-        frames, truth = (torch.stack([example[name] for example in picked]) for name in ("frames", "flow"))
-        with torch.inference_mode():
-            flow = self.predict(model.eval(), frames.to(next(model.parameters()).device)).cpu()
-        model.train()
-        return {"flow": pictures.flow_rows(frames[:, 0], flow, truth)}
+    def metrics(self, sums):
+        """`epe` is the model's end-point error; `epe_zero_flow` is the error of predicting no motion."""
+        epe = sums["loss"] / sums["count"]
+        return {"loss": epe, "epe": epe, "epe_zero_flow": sums["motion"] / sums["count"]}
 
-    def summary(self, metrics: dict[str, float]) -> str:
-        return (f"validation: an end-point error of {metrics['epe']:.3f} pixels; if nothing moved, it would be "
-                f"{metrics['motion']:.3f}")
+    def visualize(self, model):
+        """The first frames of up to four validation pairs, their predicted flow, and their true flow."""
+        numbers = range(len(self.val_set))
+        step = max(1, len(numbers) // 4)
+        batch = default_collate([self.val_set[number] for number in numbers[::step][:4]])
+        frames = batch["frames"]
+        device = next(model.parameters()).device
+        flow = self.flow(model, frames.to(device)).cpu()
+        titles = ("predicted flow", "true flow")
+        return {"flow": pictures.flow_rows(frames[:, 0], flow, batch["flow"], titles=titles)}
+
+    def summary(self, metrics):
+        epe, zero_flow = metrics["epe"], metrics["epe_zero_flow"]
+        return f"validation: an end-point error of {epe:.3f} pixels; zero flow would give {zero_flow:.3f}"
+
+    def predict(self, model, args):
+        """Writes a picture of the flow from each frame to the next, and a .flo file if there are several inputs."""
+        device = next(model.parameters()).device
+        flow = None
+        for pair in pairwise(read_inputs(args.inputs)):
+            names, images = zip(*pair)
+            check_sizes(names, images)
+            frames = torch.stack(images).to(device)
+            flow = self.flow(model, frames[None])[0].cpu()
+            name = names[0]
+            tell(f"{name}: the longest motion is {flow.norm(dim=-1).max():.1f} pixels")
+            save_picture(flow_to_image(flow.movedim(-1, 0)), Path(args.out) / f"{name}-flow.png")
+            if len(args.inputs) > 1:
+                with output(args.out, f"{name}-flow.flo") as path:
+                    write_flo(path, flow)
+        if flow is None:
+            raise UserError(f"optical flow needs two frames or more; {args.inputs[0]} has only one")
+
+
+def read_inputs(inputs):
+    """Yields a name and a frame (3, H, W) in [-1, 1] for each frame of a video, a folder of images, or image files."""
+    source = Path(inputs[0])
+    if source.suffix.lower() in SUFFIXES:
+        frames = tqdm(video_frames(source), total=num_video_frames(source), unit=" frames")
+        for number, frame in enumerate(frames, start=1):
+            yield f"{source.stem}-{number:05}", frame / 127.5 - 1
+    else:
+        for file, name in progress(image_files(inputs)):
+            yield name, read_frame(file)

@@ -4,18 +4,19 @@ import shutil
 import pytest
 import torch
 
-from perceiver import sampling
-from perceiver.sampling import Decoder, choose, generate, split
+from perceiver import decoding
+from perceiver.decoding import Decoder, generate, sample_token, window_bounds
+from perceiver.int8 import quantize
 from test_model import GOOGLE, small_model, tokens
 
 T, N = 24, 8
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 5, 8])
-def test_split_keeps_its_promises(stride):
+def test_window_bounds_fit_into_the_context(stride):
     previous = (0, 0)
     for length in range(1, 200):
-        first_token, first_latent = split(length, T, N, stride)
+        first_token, first_latent = window_bounds(length, T, N, stride)
         assert 0 <= first_token <= first_latent < length
         assert length - first_latent <= N and length - first_token <= T
         assert first_latent - first_token <= T - N
@@ -37,13 +38,13 @@ def test_split_keeps_its_promises(stride):
 @pytest.mark.parametrize("stride", [1, 3, 4, 8])
 @pytest.mark.parametrize("lengths", [[5], [30], [1, 7, 24, 40]])
 def test_cached_equals_uncached(options, stride, lengths):
-    """Over more than three context lengths, in a batch of prompts of several lengths and in batches of one."""
+    """Decodes more than three context lengths: prompts of different lengths in a batch, and each prompt alone."""
     model = small_model(**options)
     prompts = [tokens(max(lengths))[:length].tolist() for length in lengths]
     steps = 3 * T + 5
-    cached = Decoder(model, prompts, steps, stride)
-    uncached = Decoder(model, prompts, steps, stride, kv_cache=False)
-    singles = [Decoder(model, [prompt], steps, stride) for prompt in prompts]
+    cached = Decoder(model, prompts, stride)
+    uncached = Decoder(model, prompts, stride, kv_cache=False)
+    singles = [Decoder(model, [prompt], stride) for prompt in prompts]
     for _ in range(steps):
         logits = cached.logits()
         assert (logits - uncached.logits()).abs().max() < 1e-10
@@ -55,8 +56,8 @@ def test_cached_equals_uncached(options, stride, lengths):
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """`compile=True` prepares everything for torch.compile, which is left out."""
-    monkeypatch.setattr(sampling, "compiled_step", lambda device: sampling.decode_step)
+    """Makes `compile=True` use the static cache without torch.compile."""
+    monkeypatch.setattr(decoding, "compiled_step", lambda device: decoding.decode_step)
 
 
 @pytest.mark.parametrize("options", [dict(), dict(latent_keys="q_norm"), GOOGLE])
@@ -65,12 +66,12 @@ def uncompiled(monkeypatch):
 def test_the_step_that_is_compiled_equals_the_uncached_model(uncompiled, options, lengths, int8):
     model = small_model(**options)
     if int8:
-        sampling.quantize(model)
+        quantize(model)
     check_compiled(model, [tokens(length).tolist() for length in lengths], 2 * T)
 
 
 def check_compiled(model, prompts, steps) -> Decoder:
-    static, uncached = (Decoder(model, prompts, steps, compile=compile, kv_cache=compile) for compile in (True, False))
+    static, uncached = (Decoder(model, prompts, compile=compile, kv_cache=compile) for compile in (True, False))
     for _ in range(steps):
         logits = uncached.logits()
         assert (static.logits() - logits).abs().max() < 1e-10
@@ -80,19 +81,24 @@ def check_compiled(model, prompts, steps) -> Decoder:
 
 
 def test_a_compiled_step_reads_few_numbers_of_keys(uncompiled):
-    """512 keys, then the next power of two, then all: each is a graph that takes seconds to make."""
-    decoder = Decoder(small_model(max_seq_len=1500), [tokens(505).tolist()], 1_000, compile=True)
-    limits = []
+    """It reads 512 keys, then 1024, then all 1500. Each number needs its own graph, which takes seconds to compile."""
+    decoder = Decoder(small_model(max_seq_len=1500), [tokens(505).tolist()], compile=True)
+    numbers = []
+
+    def record(model, tokens, step):
+        numbers.append(step.cross_attention.num_read)
+        return decoding.decode_step(model, tokens, step)
+
+    decoder.decode_step = record
     for _ in range(1_000):
         decoder.append(decoder.logits().argmax(-1))
-        limits.append(getattr(decoder.cache.cross_slots, "limit", None))
-    assert list(dict.fromkeys(limits)) == [None, 512, 1024, 1500]
+    assert list(dict.fromkeys(numbers)) == [512, 1024, 1500]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_step_is_compiled_once():
-    """A graph without breaks, of float64, for sequences of different lengths and for the next model of its shape."""
+    """One graph serves sequences of different lengths, and also a second model of the same shape."""
     for seed in (0, 1):
         model = small_model(num_self_attention_layers=1, num_rotary_layers=1)
         with torch.no_grad():
@@ -105,9 +111,9 @@ def test_a_compiled_step_is_compiled_once():
 def test_int8_weights_are_the_nearest_multiples_of_a_scale():
     model = small_model(**GOOGLE)
     weights = {name: layer.weight for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
-    weights["cross_attention.attention.q"].data[3] = 0.0  # nothing to scale
+    weights["cross_attention.attention.q"].data[3] = 0.0  # a row of zeros has no scale
     exact = model(tokens(2, 20))
-    sampling.quantize(model)
+    quantize(model)
     assert len(weights) == 6 * (1 + model.config.num_self_attention_layers) + 1
     for name, weight in weights.items():
         layer = model.get_submodule(name)
@@ -122,9 +128,9 @@ def test_int8_weights_are_the_nearest_multiples_of_a_scale():
 def test_bfloat16_is_as_exact_with_a_cache_as_without(uncompiled, compile):
     exact, model = small_model(init_scale=0.1), small_model(init_scale=0.1).bfloat16()
     prompts = [tokens(length).tolist() for length in (5, 30)]
-    decoders = [Decoder(exact, prompts, 40), Decoder(model, prompts, 40, kv_cache=False),
-                Decoder(model, prompts, 40, compile=compile)]
-    assert decoders[2].cache.cross[0].dtype == torch.bfloat16
+    decoders = [Decoder(exact, prompts), Decoder(model, prompts, kv_cache=False),
+                Decoder(model, prompts, compile=compile)]
+    assert decoders[2].cache.cross_attention[0].dtype == torch.bfloat16
     errors = []
     for _ in range(40):
         expected, *rounded = (decoder.logits() for decoder in decoders)
@@ -135,11 +141,11 @@ def test_bfloat16_is_as_exact_with_a_cache_as_without(uncompiled, compile):
     assert 0 < cached < 1.2 * uncached
 
 
-def test_stride_one_is_the_model_with_all_latents_at_every_step():
+def test_with_stride_one_all_latents_are_used_at_every_step():
     model = small_model()
-    decoder = Decoder(model, [tokens(40).tolist()], 10, stride=1)
+    decoder = Decoder(model, [tokens(40).tolist()], stride=1)
     for _ in range(10):
-        window = decoder.tokens[:, : decoder.lengths[0]][:, -T:]
+        window = torch.tensor(decoder.sequences)[:, -T:]
         logits = decoder.logits()
         assert (logits - model(window, N)[:, -1]).abs().max() < 1e-10
         decoder.append(logits.argmax(-1))
@@ -154,7 +160,7 @@ def test_greedy_text_is_the_same_with_and_without_cache():
         assert torch.equal(*texts)
 
 
-def test_latents_never_exceed_their_number():
+def test_there_are_never_more_than_n_latents():
     model = small_model()
     seen = []
     model.cross_attention.q_norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
@@ -164,7 +170,7 @@ def test_latents_never_exceed_their_number():
 
 def test_a_cached_step_computes_one_token():
     model = small_model()
-    decoder = Decoder(model, [tokens(17).tolist()], 10)
+    decoder = Decoder(model, [tokens(17).tolist()])
     decoder.append(decoder.logits().argmax(-1))
     seen = []
     model.token_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0].numel()))
@@ -192,7 +198,7 @@ def test_continuing_a_text_in_two_calls_is_one_call():
 
 def draw(logits, temperature=1.0, top_k=None, top_p=None, count=20_000):
     uniform = torch.rand(count, generator=torch.Generator().manual_seed(0))
-    chosen = choose(logits.expand(count, -1), uniform, temperature, top_k, top_p)
+    chosen = sample_token(logits.expand(count, -1), uniform, temperature, top_k, top_p)
     return torch.bincount(chosen, minlength=logits.shape[-1]) / count
 
 
@@ -202,7 +208,7 @@ def test_tokens_come_with_their_probabilities():
         assert (draw(logits, temperature) - (logits / temperature).softmax(0)).abs().max() < 0.015
     top_2 = torch.tensor([-torch.inf, 2.0, -torch.inf, 1.0, -torch.inf]).softmax(0)
     assert (draw(logits, top_k=2) - top_2).abs().max() < 0.015
-    probs = logits.softmax(0)  # 0.13, 0.56, 0.03, 0.21, 0.08: tokens 1 and 3 pass 0.75 together
+    probs = logits.softmax(0)  # 0.13, 0.56, 0.03, 0.21, 0.08: tokens 1 and 3 together exceed 0.75
     assert (draw(logits, top_p=0.75) - top_2).abs().max() < 0.015
     assert draw(logits, top_p=probs.max().item() / 2)[1] == 1
     assert draw(logits, temperature=0)[1] == 1
@@ -219,3 +225,20 @@ def test_impossible_options_are_errors_at_once(options):
 def test_impossible_prompts_are_errors_at_once(prompts):
     with pytest.raises(ValueError, match="prompt"):
         generate(small_model(), prompts, 5)
+
+
+def test_a_model_in_training_mode_is_an_error_at_once():
+    with pytest.raises(ValueError, match="eval"):
+        generate(small_model().train(), [[1]], 5)
+
+
+def test_a_step_says_where_keys_go():
+    """Two rows have 3 and 5 tokens, all of them latents. Their next tokens get positions 3 and 5."""
+    cache = decoding.KVCache(small_model(), 2)
+    step = cache.advance([(4, 4), (6, 6)])
+    assert step.positions.tolist() == [[3], [5]]
+    for layer in (step.cross_attention, *step.self_attention):
+        assert layer.num_read == 6 and layer.at[1].tolist() == [[3], [5]]
+        assert layer.bias.isfinite().sum(-1).tolist() == [[4], [6]]
+    equal = cache.advance([(4, 4), (4, 4)]).cross_attention
+    assert equal.bias is None and equal.num_read == 4

@@ -1,0 +1,792 @@
+"""Data that tasks share: the order of examples, tokenizers, corpora, splits of files, and images with labels.
+
+A training example depends on (seed, step, index in the global batch) alone. So a resumed run needs no saved state of
+the data, and the number of ranks, workers and micro-batches changes no example.
+
+Letters in shapes are those of model.py.
+"""
+
+import codecs
+import gzip
+import math
+import os
+import re
+import sys
+import sysconfig
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
+from torchvision import datasets
+from torchvision.datasets.folder import make_dataset
+from tqdm import tqdm
+
+from perceiver.config import Count, NonNegativeInt, ValFraction
+from perceiver.distributed import Ranks
+from perceiver.errors import UserError, reading
+from perceiver.io import Download, cached_array, digest, fetch, import_optional, read_bytes, visible_files
+
+IGNORE = -100  # the label of a position without a loss, cross_entropy's default
+
+Example = dict[str, np.ndarray]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The order of examples, and batches
+
+
+@dataclass
+class LoaderConfig:
+    """The fields that the data configs of all tasks share."""
+
+    batch_size: Count = 16  # examples of one optimizer step, over all ranks and micro-batches
+    num_workers: NonNegativeInt = 0  # processes that load data, per rank; 0: the training process itself
+
+
+@dataclass
+class Shuffled(Dataset):
+    """A finite training set, indexed by (step, index in the global batch). An epoch has every example once, shuffled.
+
+    Random transforms must draw from PyTorch's CPU generator, as torchvision's do. `Shuffled` seeds it for each example
+    and restores its state afterwards.
+    """
+
+    examples: Dataset
+    batch_size: int
+    seed: int
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        step, index = key
+        num_examples = len(self.examples)
+        epoch, place = divmod(step * self.batch_size + index, num_examples)
+        number = epoch_order(self.seed, epoch, num_examples)[place]
+        seed = derive_seed(self.seed, step, index, 1)  # the 1: not the seed of dropout, (seed, step, rank)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would also seed the GPU's generator
+            return self.examples[int(number)]
+
+
+def derive_seed(*key: int) -> int:
+    """A seed for PyTorch's generators that depends on all numbers of `key`."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def example_rng(seed, key) -> np.random.Generator:
+    """The random numbers of the training example at `key`, (step, index in the global batch)."""
+    return np.random.default_rng((seed, *key))
+
+
+@lru_cache(maxsize=2)  # a batch may begin in one epoch and end in the next
+def epoch_order(seed, epoch, num_examples):
+    return np.random.default_rng((seed, epoch)).permutation(num_examples)
+
+
+class TrainKeys(Sampler):
+    """The keys (step, index in the global batch) of one rank's micro-batches, for steps first_step .. last_step - 1."""
+
+    def __init__(
+        self, batch_size: int, gradient_accumulation_steps: int, ranks: Ranks, first_step: int, last_step: int
+    ):
+        self.size = batch_size // (gradient_accumulation_steps * ranks.world_size)  # of a micro-batch
+        self.starts = range(ranks.rank * self.size, batch_size, ranks.world_size * self.size)  # of its micro-batches
+        self.steps = range(first_step, last_step)
+        self.ranks = ranks
+
+    def __iter__(self):
+        for step in self.steps:
+            for start in self.starts:
+                yield [(step, index) for index in range(start, start + self.size)]
+
+
+def train_loader(dataset: Dataset, keys: TrainKeys, num_workers: int) -> DataLoader:
+    return make_loader(dataset, keys.ranks, num_workers, batch_sampler=keys)
+
+
+def eval_loader(dataset: Dataset, batch_size: int, ranks: Ranks, num_workers: int) -> DataLoader:
+    """Batches of this rank's share of a dataset. Together the ranks see every example once."""
+    numbers = range(ranks.rank, len(dataset), ranks.world_size)
+    return make_loader(Subset(dataset, numbers), ranks, num_workers, batch_size=batch_size)
+
+
+def make_loader(dataset, ranks, num_workers, **batches):
+    # Start methods other than fork would pickle the dataset, perhaps a whole corpus, for each worker.
+    fork = num_workers > 0 and sys.platform == "linux"
+    return DataLoader(
+        dataset,
+        num_workers=num_workers,
+        multiprocessing_context="fork" if fork else None,
+        worker_init_fn=own_process_group,
+        collate_fn=collate_padded,
+        pin_memory=ranks.device.type == "cuda",
+        **batches,
+    )
+
+
+def own_process_group(worker):
+    """Gives a worker its own process group. Ctrl-C and torchrun's SIGTERM go to the group of the training process,
+    which still needs the worker to finish its step.
+    """
+    os.setpgrp()
+
+
+def collate_padded(examples: list[dict]) -> dict[str, Tensor]:
+    """Stacks examples into a batch. Pads shorter input_ids on the left, to the length of the longest.
+
+    A batch without padding gets no pad_mask, because attention is faster without a mask.
+    """
+    lengths = [len(example.get("input_ids", ())) for example in examples]
+    longest = max(lengths)
+    if min(lengths) < longest:
+        examples = [pad_left(example, longest) for example in examples]
+    batch = default_collate(examples)
+    if "pad_mask" in batch and not batch["pad_mask"].any():
+        del batch["pad_mask"]
+    return batch
+
+
+def pad_left(example, length):
+    """An example with input_ids (length,) and pad_mask (length,). prefix_keep moves with its tokens."""
+    padding = length - len(example["input_ids"])
+    padded = {"input_ids": np.pad(example["input_ids"], (padding, 0)), "pad_mask": np.arange(length) < padding}
+    if "prefix_keep" in example:
+        padded["prefix_keep"] = example["prefix_keep"] + padding
+    return example | padded
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+class ByteTokenizer:
+    """UTF-8 bytes after six special tokens: byte b is token b + 6 (DeepMind's bytes_tokenizer.py)."""
+
+    PAD, BOS, EOS, MASK, CLS, SEP = range(6)
+    OFFSET = 6
+    vocab_size = 262
+    unit = "byte"
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """Surrogates in `text` stand for bytes that are not UTF-8."""
+        data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+        return [byte + self.OFFSET for byte in data]
+
+    def decode(self, tokens: list[int]) -> str:
+        """Leaves special tokens out. Bytes that are not UTF-8 become U+FFFD."""
+        data = bytes(token - self.OFFSET for token in tokens if token >= self.OFFSET)
+        return data.decode("utf-8", "replace")
+
+
+class IdTokenizer:
+    """Token ids written as numbers, like "17 4 256", for corpora of token ids."""
+
+    unit = "token"
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            return [int(word) for word in text.split()]
+        except ValueError:
+            raise UserError("the model was trained on token ids: the prompt must be numbers, like '17 4 256'") from None
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(f" {token}" for token in tokens)
+
+
+class JsonTokenizer:
+    """The tokenizer in a tokenizer.json, without special tokens: BPE, Unigram, or another that `tokenizers` reads."""
+
+    unit = "token"
+
+    def __init__(self, json: str, source: str | Path):
+        """`json` is the text of a tokenizer.json. Error messages name its `source`."""
+        tokenizers = import_optional("tokenizers", f"the tokenizer of {source}")
+        with reading(source):
+            self.tokenizer = tokenizers.Tokenizer.from_str(json)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.json = json
+        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())
+
+    @classmethod
+    def read(cls, file):
+        return cls(read_bytes(file).decode("utf-8", "replace"), file)
+
+    def encode(self, text: str) -> list[int]:
+        """Surrogates in `text` stand for bytes that are not UTF-8. They become U+FFFD."""
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens)
+
+
+Tokenizer = ByteTokenizer | IdTokenizer | JsonTokenizer
+
+
+def tokenizer_state(tokenizer: Tokenizer) -> dict:
+    """The entry of a tokenizer in a checkpoint."""
+    return {"type": type(tokenizer).__name__, "json": getattr(tokenizer, "json", None)}
+
+
+def tokenizer_from_state(state: dict) -> Tokenizer:
+    if state["json"] is not None:
+        return JsonTokenizer(state["json"], "the checkpoint")
+    return IdTokenizer() if state["type"] == "IdTokenizer" else ByteTokenizer()
+
+
+class StreamDecoder:
+    """Decodes tokens as they arrive. `push` returns all new text, except for an unfinished character at its end.
+
+    All returned texts, joined, are the part of decode(prompt + tokens) that follows decode(prompt).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]):
+        self.decode = tokenizer.decode
+        self.tokens = list(prompt)  # the last tokens; the text of a token may depend on the token before it
+        self.num_returned = len(self.decode(prompt))  # characters of their text that are not new
+        self.num_waiting = 0  # tokens since the text last ended with a whole character
+
+    def push(self, tokens: list[int]) -> str:
+        self.tokens += tokens
+        self.num_waiting += len(tokens)
+        text = self.decode(self.tokens)
+        end = len(text)
+        if not text.endswith("\ufffd"):
+            self.num_waiting = 0
+        elif self.num_waiting <= 3:  # perhaps the first 1 to 3 tokens of a character
+            return ""
+        else:  # bytes that are not UTF-8, but the last 3 may begin a character
+            end = max(end - 3, self.num_returned)
+        new = text[self.num_returned : end]
+        self.num_returned = end
+
+        recent = self.tokens[-12:]  # 12 is a multiple of 1, 2, 3 and 4, the bytes of a character
+        recent_text = self.decode(recent)
+        start = len(text) - len(recent_text)
+        if start < end and text.endswith(recent_text):  # the cut is between two characters
+            self.tokens = recent
+            self.num_returned = end - start
+        return new
+
+    def finish(self) -> str:
+        """The rest of the text: U+FFFD for an unfinished character."""
+        return self.decode(self.tokens)[self.num_returned :]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Corpora
+
+
+@dataclass
+class CorpusConfig(LoaderConfig):
+    dataset: Literal["stdlib", "wikitext103", "enwik8", "imdb"] = "stdlib"  # stdlib: .py files of this Python
+    path: str | None = None  # your data instead of a dataset: a text file, a folder, or token ids in .npy or .bin
+    bin_dtype: Literal["uint8", "uint16", "uint32"] = "uint16"  # of token ids in .bin files
+    cache_dir: str = "data"  # folder of the datasets; a missing dataset is downloaded to it
+    val_fraction: ValFraction = 0.05  # fraction held out for validation if the data has no split
+    val_size: Annotated[int, "[2, inf)"] = 1_000_000  # maximum number of bytes or token ids to validate on
+
+
+DOWNLOADS = {
+    "wikitext103": Download(
+        url="https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
+        unpacked="wikitext-103-raw",
+        sha256="91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
+    ),
+    "enwik8": Download(
+        url="http://mattmahoney.net/dc/enwik8.zip", unpacked="enwik8", unpacked_md5="a1fa5ffddb56f4953e226637dabbb36a"
+    ),
+    "imdb": Download(
+        url="https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz",
+        unpacked="aclImdb",
+        md5="7c2ac02c03563afcf9b574c7e56c153a",
+    ),
+}
+STDLIB = Path(sysconfig.get_path("stdlib"))
+
+
+def find_source(config) -> Path:
+    """The file or folder of data.path or data.dataset, downloaded if necessary. Raises UserError if it is missing."""
+    if config.path is None:
+        if config.dataset == "stdlib":
+            return STDLIB
+        return fetch(config.dataset, DOWNLOADS[config.dataset], config.cache_dir)
+    source = Path(config.path).expanduser()
+    if not source.exists():
+        raise UserError(f"data.path={source} does not exist")
+    return source
+
+
+@dataclass
+class Tokens:
+    """A corpus in memory or mapped from disk. Its token ids are `values` + `offset`."""
+
+    values: np.ndarray  # (number of tokens,), uint8 or wider
+    offset: int = 0
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self.values[part].astype(np.int64) + self.offset
+
+
+@dataclass
+class Corpus:
+    train: Tokens
+    val: Tokens
+    holds_ids: bool  # whether the data is token ids, not text
+    note: str  # a line that names the training files, the validation files and the unused files
+
+
+def load_corpus(config: CorpusConfig) -> Corpus:
+    """Text or token ids for training and for validation.
+
+    `corpus_files` finds the split of the data. Without one, every n-th file is for validation, n = 1 / val_fraction. If
+    there are fewer than n files, the end of the text is. Raises UserError if the data cannot be read or is too short.
+    """
+    source = unwrap(find_source(config))
+    train_files, val_files = corpus_files(source)
+    if not train_files:
+        raise UserError(f"{source} holds no text files")
+    depth = len(source.parts) + 1
+    used = {file.parts[:depth] for file in train_files + val_files}
+    unused = [place for place in visible_places(source) if place.parts not in used]
+    if not val_files and len(train_files) >= round(1 / config.val_fraction):
+        train_files, val_files = hold_out(train_files, config.val_fraction)
+
+    separator = b"\n\n" if is_imdb(source) else b""
+    train = read_values(train_files, config.bin_dtype, separator)
+    if val_files:
+        val = read_values(val_files, config.bin_dtype, separator)
+    elif source.name == "enwik8" and len(train) == 100_000_000:
+        train, val, _ = np.split(train, [90_000_000, 95_000_000])  # the usual split
+    else:
+        train, val = np.split(train, [int(len(train) * (1 - config.val_fraction))])
+    val = val[: config.val_size]
+    if len(val) < 2:
+        raise UserError(
+            f"{source} has {len(train)} tokens for training and {len(val)} for validation; "
+            "give more text, or raise data.val_fraction"
+        )
+
+    holds_ids = is_ids(train_files[0])
+    unit, offset = ("token ids", 0) if holds_ids else ("bytes", ByteTokenizer.OFFSET)
+    note = (
+        f"{source}: {len(train):,} {unit} of {list_names(train_files)} for training, "
+        f"{len(val):,} of {list_names(val_files) or 'the rest'} for validation"
+    )
+    if unused:
+        note += f"; not used: {list_names(unused)}"
+    return Corpus(Tokens(train, offset), Tokens(val, offset), holds_ids, note)
+
+
+def unwrap(source):
+    """`source`, or the innermost folder if `source` holds only one folder, as unpacked archives do."""
+    places = visible_places(source)
+    if len(places) == 1 and places[0].is_dir():
+        return unwrap(places[0])
+    return source
+
+
+def corpus_files(source: Path) -> tuple[list[Path], list[Path]]:
+    """The files for training and for validation. The second list is empty if the data has no validation files.
+
+    The names in the folder `source` tell them apart: train.txt and valid.txt, wiki.train.tokens and wiki.valid.tokens,
+    or folders train and dev. Such names differ only in this word and in numbers. Test files beside them are left out.
+    Without such names, all text files are for training. Raises UserError if `source` holds several corpora.
+    """
+    if source.is_file():
+        return [source], []
+    if source == STDLIB:
+        return stdlib_files(), []
+    if is_imdb(source):
+        # Sort by file name, so that the classes mix: validation may see only the first reviews.
+        reviews = (source / "train").glob("*/*.txt")
+        return sorted(reviews, key=lambda file: (file.name, file.parent)), []
+
+    corpora = defaultdict(lambda: defaultdict(list))  # files by part, by the other words of their names
+    for place in visible_places(source):
+        part = split_part(place.name)
+        if part is not None:
+            other_words = name_words(place.name).difference(PARTS)
+            corpora[other_words][part] += text_files(place) if place.is_dir() else [place]
+    with_train = [corpus for corpus in corpora.values() if "train" in corpus]
+    with_val = [corpus for corpus in with_train if "val" in corpus]
+    with_test = [corpus for corpus in with_train if "test" in corpus]
+    found = with_val or with_test
+    if len(found) > 1:
+        names = " and ".join(list_names(corpus["train"]) for corpus in found)
+        raise UserError(f"{source} holds several corpora, with {names}; put each corpus in a folder of its own")
+    if found:
+        return found[0]["train"], found[0]["val"]
+    files = text_files(source)
+    if with_train:
+        files = [file for file in files if split_part(file.relative_to(source).parts[0]) != "test"]
+    return files, []
+
+
+PARTS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+
+
+def split_part(name: str) -> str | None:
+    """train, val or test, if the name of a file or folder has one such word: val for wiki.valid.tokens."""
+    parts = {PARTS[word] for word in name_words(name).intersection(PARTS)}
+    return parts.pop() if len(parts) == 1 else None
+
+
+def name_words(name):
+    """The words in the name of a file. Dots, underscores, hyphens and digits separate them."""
+    return frozenset(re.split(r"[._\d-]+", name.lower()))
+
+
+def is_imdb(source):
+    """Whether `source` is IMDb's folder. Its folder unsup holds reviews without labels."""
+    return (source / "train" / "unsup").is_dir()
+
+
+def is_ids(file):
+    return file.suffix in (".npy", ".bin")
+
+
+def stdlib_files() -> list[Path]:
+    """The Python files of the interpreter's standard library, without tests, installed packages and empty files."""
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    return [
+        file
+        for file in sorted(STDLIB.rglob("*.py"))
+        if left_out.isdisjoint(file.relative_to(STDLIB).parts) and file.stat().st_size > 0
+    ]
+
+
+def text_files(folder):
+    """The visible files below `folder` that are not empty and have no zero byte at their start."""
+    files = []
+    for file in visible_files(folder):
+        with reading(file), open(file, "rb") as stream:
+            start = stream.read(8192)
+        if start and b"\0" not in start:
+            files.append(file)
+    return files
+
+
+def visible_places(folder):
+    """The files and folders in `folder`, sorted, without hidden ones. None if `folder` is a file."""
+    return sorted(folder.glob("[!.]*"))
+
+
+def list_names(files):
+    names = ", ".join(file.name for file in files[:3])
+    return names if len(files) <= 3 else f"{names}, ... ({len(files):,} in all)"
+
+
+def read_values(files: list[Path], bin_dtype: str, separator: bytes) -> np.ndarray:
+    """The token ids of .npy and .bin files, or the bytes of text files. A single file is mapped to memory.
+
+    `separator` follows each of several texts.
+    """
+    if len(files) == 1:
+        return map_file(files[0], bin_dtype)
+    if is_ids(files[0]):
+        return np.concatenate([map_file(file, bin_dtype) for file in files])
+    text = bytearray()
+    for file in files:
+        text += read_bytes(file) + separator
+    return np.frombuffer(text, np.uint8)
+
+
+def map_file(file, bin_dtype):
+    with reading(file):
+        if file.suffix != ".npy":
+            return np.memmap(file, bin_dtype if file.suffix == ".bin" else np.uint8, mode="r")
+        values = np.load(file, mmap_mode="r")
+        if values.ndim != 1 or values.dtype.kind not in "iu":
+            raise ValueError(f"it holds {values.dtype} of shape {values.shape}; token ids must be integers (n,)")
+        return values
+
+
+def tokenize(corpus: Tokens, tokenizer: JsonTokenizer, cache_dir: str | Path) -> Tokens:
+    """The tokens of a corpus of bytes. `cache_dir` keeps them for the next run."""
+    file = Path(cache_dir) / f"tokens-{digest(tokenizer.json, corpus.values)}.npy"
+    return Tokens(cached_array(file, lambda: encode_corpus(corpus, tokenizer)))
+
+
+def encode_corpus(corpus, tokenizer):
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    parts = text_parts(corpus.values)
+    ids = []
+    with tqdm(desc="tokenizing", total=len(corpus), unit="B", unit_scale=True) as bar:
+        while group := list(islice(parts, 16)):  # encoded in parallel
+            encodings = tokenizer.tokenizer.encode_batch(group, add_special_tokens=False)
+            ids += [np.array(encoding.ids, dtype) for encoding in encodings]
+            bar.update(sum(len(text.encode()) for text in group))
+    return np.concatenate(ids)
+
+
+def text_parts(values, size=2**18):
+    """Yields the text of UTF-8 bytes (n,) in parts of up to `size` bytes.
+
+    A part ends at the end of a line, unless the line is longer than a part.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    start = 0
+    while start < len(values):
+        block = values[start : start + size].tobytes()
+        end = block.rfind(b"\n") + 1 or len(block)  # rfind is -1 without a line end
+        start += end
+        yield decoder.decode(block[:end], final=start == len(values))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Windows of a corpus
+
+
+@dataclass
+class TextWindows(Dataset):
+    """Training windows of Perceiver AR at random places of a corpus, indexed by (step, index in the global batch)."""
+
+    tokens: Tokens
+    max_seq_len: int
+    num_latents: int
+    seed: int
+
+    def __post_init__(self):
+        if len(self.tokens) <= self.max_seq_len:
+            raise UserError(
+                f"the training data has {len(self.tokens)} tokens, fewer than model.max_seq_len + 1 = "
+                f"{self.max_seq_len + 1}; lower model.max_seq_len or give more data"
+            )
+
+    def __getitem__(self, key: tuple[int, int]) -> Example:
+        return self.draw(example_rng(self.seed, key))
+
+    def draw(self, rng: np.random.Generator) -> Example:
+        """input_ids (T,) and labels (N,): the token after each of the last N inputs."""
+        start = rng.integers(len(self.tokens) - self.max_seq_len)
+        window = self.tokens[start : start + self.max_seq_len + 1]
+        return {"input_ids": window[:-1], "labels": window[-self.num_latents :]}
+
+
+@dataclass
+class TextBlocks(Dataset):
+    """A whole corpus for evaluation. Each block predicts N tokens, with up to T tokens of context.
+
+    Together the blocks predict every token once, except the first.
+    """
+
+    tokens: Tokens
+    max_seq_len: int
+    num_latents: int
+    pad: int = ByteTokenizer.PAD
+
+    def __len__(self):
+        return math.ceil((len(self.tokens) - 1) / self.num_latents)
+
+    def __getitem__(self, index: int) -> Example:
+        """input_ids (T,), padded on the left, labels (N,) and pad_mask (T,)."""
+        first = 1 + index * self.num_latents  # the first token to predict
+        end = min(first + self.num_latents, len(self.tokens))
+        start = max(0, end - 1 - self.max_seq_len)
+        window = self.tokens[start:end]
+        return left_padded(window, end - first, self.max_seq_len, self.num_latents, self.pad)
+
+
+def left_padded(window, num_predicted, max_seq_len, num_latents, pad) -> Example:
+    """input_ids (T,), labels (N,) and pad_mask (T,) of a window of up to T + 1 tokens.
+
+    The last `num_predicted` tokens are labels.
+    """
+    padding = max_seq_len + 1 - len(window)
+    labels = window[len(window) - num_predicted :]
+    return {
+        "input_ids": np.pad(window[:-1], (padding, 0), constant_values=pad),
+        "labels": np.pad(labels, (num_latents - num_predicted, 0), constant_values=IGNORE),
+        "pad_mask": np.arange(max_seq_len) < padding,
+    }
+
+
+def pad_right(ids, length) -> Example:
+    """input_ids (length,) of up to `length` ids, and pad_mask (length,), true at padding."""
+    return {
+        "input_ids": np.pad(ids, (0, length - len(ids)), constant_values=ByteTokenizer.PAD),
+        "pad_mask": np.arange(length) >= len(ids),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Splits of files
+
+
+def hold_out(items: list, val_fraction: float) -> tuple[list, list]:
+    """Splits items into two lists: for training, and every n-th for validation, n = 1 / val_fraction.
+
+    Of two or more items, at least one is for validation.
+    """
+    every = min(round(1 / val_fraction), len(items))
+    train = [item for number, item in enumerate(items) if number % every != every // 2]
+    return train, items[every // 2 :: every]
+
+
+def hold_out_folders(root, files, val_fraction):
+    """Like `hold_out`, but files of one folder stay together, because versions of one piece often share a folder.
+
+    The folder of a file is the topmost one below `root` that directly holds files. Files in `root` itself stand alone.
+    If there is only one folder, single files are held out.
+    """
+    holders = {file.parent for file in files} - {root}
+    groups = defaultdict(list)
+    for file in files:
+        folders = [folder for folder in file.parents if folder in holders]
+        group = folders[-1] if folders else file
+        groups[group].append(file)
+    if len(groups) < 2:
+        return hold_out(files, val_fraction)
+    train, val = hold_out(list(groups.values()), val_fraction)
+    return list(chain(*train)), list(chain(*val))
+
+
+def split_classes(source: Path, read: Callable[[Path], dict], val_fraction: float) -> tuple[dict, dict, str]:
+    """Examples by class for training and for validation, and a line that says where they come from.
+
+    `read` takes a file or folder and returns its examples by class. If `source` holds train and val (or test), they are
+    the two parts. Otherwise the two parts are split from `source` (from train, if `source` holds nothing else), with
+    `val_fraction` of each class for validation. Raises UserError if a class has only one example, or if the classes of
+    the two parts differ.
+    """
+    parts = {split_part(place.name): place for place in visible_places(source)}
+    train_part = parts.get("train")
+    val_part = parts.get("val") or parts.get("test")
+    if train_part and val_part:
+        train, val = read(train_part), read(val_part)
+        origin = f"{train_part.name} and {val_part.name}"
+    else:
+        if list(parts) == ["train"]:
+            source = train_part
+        train, val = {}, {}
+        origin = "held out"
+        for name, examples in read(source).items():
+            if len(examples) < 2:
+                raise UserError(f"class {name} of {source} has one example; it needs two, one of them for validation")
+            train[name], val[name] = hold_out(examples, val_fraction)
+    if train.keys() != val.keys():
+        raise UserError(f"{origin} of {source} must hold the same classes, not {', '.join(train)} / {', '.join(val)}")
+    num_train, num_val = (sum(map(len, classes.values())) for classes in (train, val))
+    return train, val, f"{source}: {num_train:,} examples for training, {num_val:,} for validation ({origin})"
+
+
+def labelled_files(source: Path, suffixes: tuple[str, ...], val_fraction: float) -> tuple[dict, dict, str]:
+    """`split_classes` of files that end in one of `suffixes`, with one folder per class."""
+    return split_classes(source, lambda folder: class_files(folder, suffixes), val_fraction)
+
+
+def class_files(folder, suffixes):
+    """The visible files with one of `suffixes`, by class folder.
+
+    Raises UserError if there are fewer than two class folders, or if one has no such file.
+    """
+    classes = {place.name: [] for place in visible_places(folder) if place.is_dir()}
+    if len(classes) < 2:
+        raise UserError(
+            f"{folder} holds fewer than two class folders; it must hold CLASS/*{suffixes[0]}, or the folders "
+            f"train and val with CLASS/*{suffixes[0]}"
+        )
+
+    def is_valid(file):
+        name = os.path.basename(file).lower()
+        return name.endswith(suffixes) and not name.startswith(".")
+
+    with reading(folder):
+        found = make_dataset(folder, classes, is_valid_file=is_valid)
+    for file, files in found:  # make_dataset pairs each file with its class's value in `classes`, here a list
+        files.append(Path(file))
+    return classes
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images with labels
+
+
+def read_image(file: str | Path, channels: int) -> Image.Image:
+    """An image file in gray (1 channel) or RGB (3), upright by its EXIF orientation, transparent pixels on white.
+
+    Raises UserError if it cannot be read, or has more than 8 bits per channel.
+    """
+    with reading(file), Image.open(file) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        return to_channels(image, channels)
+
+
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """An image in gray (1 channel) or RGB (3), transparent pixels on white."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"its pixels have mode {image.mode}; give an image with 8 bits per channel")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+@dataclass
+class LabelledImages:
+    images: np.ndarray  # names of files (n,), or uint8 pixels (n, H, W) or (n, H, W, 3)
+    labels: np.ndarray | list[int]
+    class_names: list[str]
+
+
+def load_labelled_images(dataset: str, path: str | None, cache_dir: str, train: bool) -> LabelledImages:
+    """The training or the test set of mnist or cifar10, from the folder `path`.
+
+    If `path` is None, from `cache_dir`, to which a missing dataset is downloaded.
+    """
+    root = Path(path or cache_dir).expanduser()
+    read, needed = READERS[dataset]
+    with reading(f"data.dataset={dataset} in {root} (it needs {needed}; your own images: data.dataset=imagefolder)"):
+        return read(root, train, download=path is None)
+
+
+def read_mnist(root, train, download):
+    if download:
+        datasets.MNIST(root, download=True)
+    part = "train" if train else "t10k"
+    images = read_idx(root, f"{part}-images-idx3-ubyte")
+    labels = read_idx(root, f"{part}-labels-idx1-ubyte")
+    if labels.shape != images.shape[:1] or labels.max() > 9:
+        raise UserError(
+            f"{root}: MNIST must have images of shape (n, height, width) and labels of shape (n,) from 0 to 9; "
+            f"the shapes are {images.shape} and {labels.shape}"
+        )
+    return LabelledImages(images, labels, list("0123456789"))
+
+
+def read_idx(root, name):
+    """The array of an IDX file in `root`, or in MNIST/raw, torchvision's folder. The file may be compressed."""
+    files = sorted([*root.glob(f"{name}*"), *root.glob(f"MNIST/raw/{name}*")])
+    if not files:
+        raise FileNotFoundError(f"there is no {name}")
+    with reading(files[0]):
+        data = files[0].read_bytes()
+        if files[0].suffix == ".gz":
+            data = gzip.decompress(data)
+        shape = np.frombuffer(data, ">i4", data[3], offset=4)  # byte 3 is the number of dimensions
+        return np.frombuffer(data, np.uint8, offset=4 + shape.nbytes).reshape(shape)
+
+
+def read_cifar10(root, train, download):
+    if root.name == datasets.CIFAR10.base_folder:
+        root = root.parent
+    found = datasets.CIFAR10(root, train, download=download)  # compares MD5 checksums before it opens pickles
+    return LabelledImages(found.data, found.targets, found.classes)
+
+
+READERS = {  # a function for each dataset, and the files that it needs
+    "mnist": (read_mnist, "train-images-idx3-ubyte, train-labels-idx1-ubyte and the same of t10k, or these with .gz"),
+    "cifar10": (read_cifar10, "the folder cifar-10-batches-py; files with other MD5 checksums are not opened"),
+}

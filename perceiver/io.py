@@ -1,0 +1,232 @@
+"""Files in and out: reading, caches and downloads of datasets, and the output of generate.py and predict.py."""
+
+import hashlib
+import importlib
+import os
+import re
+import shutil
+import sys
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets.utils import check_integrity
+from torchvision.transforms.v2.functional import to_pil_image
+from tqdm import tqdm
+
+from perceiver.errors import UserError, reading, reason
+
+
+def import_optional(package: str, purpose: str) -> ModuleType:
+    """Imports a package of requirements-extra.txt. Raises UserError if it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"{purpose} needs the package {package}: pip install {package}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_bytes(file: str | Path) -> bytes:
+    with reading(file):
+        return Path(file).read_bytes()
+
+
+def read_text(source: str) -> bytes:
+    """The bytes of a text file, or of stdin if `source` is "-"."""
+    with reading(shorten(source)):
+        return sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """All files below `folder`, sorted by path, without hidden files and folders."""
+    files = []
+    for file in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+        if file.is_file() and not hidden:
+            files.append(file)
+    return files
+
+
+def natural_key(file: str | Path) -> list:
+    """A sort key that orders numbers by value: 9.png comes before 10.png."""
+    parts = re.split(r"(\d+)", str(file))
+    return [int(part) if part.isdigit() else part for part in parts]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing, caches and downloads
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path to write. Then flushes that file to the disk and renames it to `path` atomically."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    yield temporary
+    flush(temporary)
+    temporary.replace(path)
+    flush(path.parent)
+
+
+def flush(path: Path):
+    """Waits until a file, or the list of files in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cached_array(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array in the .npy file `file`, mapped to memory. If the file does not exist, `make` returns its array."""
+    if not file.exists():
+        array = make()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary, open(temporary, "wb") as out:
+            np.save(out, array)
+    with reading(file):
+        return np.load(file, mmap_mode="r")
+
+
+def digest(*parts: str | np.ndarray) -> str:
+    """16 hexadecimal digits that change with any of `parts`, for the names of cache files."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part))
+    return total.hexdigest()[:16]
+
+
+@dataclass
+class Download:
+    """The source of a dataset."""
+
+    url: str
+    unpacked: str  # file or folder in the archive, and in the cache folder
+    sha256: str = ""  # of the archive; empty if unknown
+    md5: str | None = None  # of the archive
+    unpacked_md5: str | None = None  # of the unpacked file
+
+
+def fetch(name: str, download: Download, cache_dir: str | Path) -> Path:
+    """The unpacked dataset `name` in `cache_dir`. Downloads and unpacks its archive if necessary.
+
+    If a step fails, deletes the new download, so that the next run downloads it again, and raises UserError.
+    """
+    cache_dir = Path(cache_dir)
+    target = cache_dir / download.unpacked
+    archive = cache_dir / download.url.rpartition("/")[2]
+    partial = cache_dir / f"{download.unpacked}.tmp"
+    is_new = not archive.exists()
+    if target.exists():
+        return target
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        if is_new:
+            tell(f"downloading {download.url} to {archive}")
+            torch.hub.download_url_to_file(download.url, str(archive), hash_prefix=download.sha256)
+            check_md5(archive, download.md5)
+        safely = {} if archive.suffix == ".zip" else {"filter": "data"}  # zip archives are always unpacked safely
+        shutil.unpack_archive(archive, partial, **safely)
+        check_md5(partial / download.unpacked, download.unpacked_md5)
+        (partial / download.unpacked).rename(target)
+        partial.rmdir()
+    except Exception as error:  # archives raise all kinds of exceptions
+        if is_new:
+            archive.unlink(missing_ok=True)
+        raise UserError(
+            f"data.dataset={name} cannot be downloaded or unpacked ({reason(error)}); put {archive.name} or "
+            f"its content {download.unpacked} into {cache_dir}, or give the path of a copy with data.path="
+        ) from None
+    return target
+
+
+def check_md5(file: Path, md5: str | None):
+    if md5 and not check_integrity(file, md5):
+        raise RuntimeError(f"{file} has a wrong checksum")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The output of the scripts
+
+
+def say(*lines: str):
+    """Prints a result to stdout, above any progress bar."""
+    tqdm.write("\n".join(lines), sys.stdout)
+
+
+def tell(line: str):
+    """Prints a remark to stderr, above any progress bar."""
+    tqdm.write(line, sys.stderr)
+
+
+def check_options(task, args: Namespace, names: Iterable[str]):
+    """Raises UserError if the user gave one of the options `names`, but `task` does not take it."""
+    for name in names:
+        if getattr(args, name) and name not in task.options:
+            raise UserError(f"--{name.replace('_', '-')} is not for task {task.name}")
+
+
+def check_counts(args: Namespace, *names: str):
+    """Raises UserError if one of the options `names` is below 1."""
+    for name in names:
+        if vars(args)[name] < 1:
+            raise UserError(f"--{name.replace('_', '-')} {vars(args)[name]} must be at least 1")
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def progress(inputs: list[str]) -> Iterator[tuple[str, str]]:
+    """Yields each input with a unique name for its output files. Shows a progress bar if there are several inputs."""
+    uses = Counter()
+    with tqdm(inputs, disable=len(inputs) == 1) as bar:
+        for source in bar:
+            stem = Path(source).stem if os.path.isfile(source) else "text"
+            uses[stem] += 1
+            yield source, stem if uses[stem] == 1 else f"{stem}-{uses[stem]}"
+
+
+@contextmanager
+def output(folder: str | Path, name: str) -> Iterator[Path]:
+    """Yields the path of a file to write, and creates its folder. Raises UserError if the file cannot be written."""
+    path = Path(folder) / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {reason(error)}") from None
+    tell(f"wrote {path}")
+
+
+def output_files(name: str, count: int, endings: Iterable[str]) -> list[Path]:
+    """The paths of `count` files to write, numbered if there are several. Creates their folder.
+
+    Raises UserError if `name` does not end in one of `endings`. Call it before a long computation.
+    """
+    path = Path(name)
+    if path.is_dir() or path.suffix.lower() not in endings:
+        raise UserError(f"cannot write {name}: the file name must end in {' or '.join(endings)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {name}: {reason(error)}") from None
+    if count == 1:
+        return [path]
+    return [path.with_stem(f"{path.stem}-{number}") for number in range(1, count + 1)]
+
+
+def save_picture(picture: Tensor, file: Path):
+    """Writes a picture (3, H, W) of uint8."""
+    with output(file.parent, file.name):
+        to_pil_image(picture).save(file)

@@ -1,0 +1,90 @@
+"""The parts that classifiers of all modalities share."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perceiver.adapters import ClassificationOutput, TrainableQueries
+from perceiver.config import Count
+from perceiver.data import Shuffled
+from perceiver.model import Perceiver, PerceiverDecoder, PerceiverIO, PerceiverIOConfig
+from perceiver.tasks.base import Task
+
+
+@dataclass
+class ClassifierConfig(PerceiverIOConfig):
+    """Options of classifiers: any inputs -> logits of classes (B, E). A subclass adds the section `input`.
+
+    With decoder=None the model is the original Perceiver, which averages the latents.
+    """
+
+    num_classes: Count = 10  # E
+    freeze_encoder: bool = field(default=False, kw_only=True)  # train only the decoder and the output
+
+    def build(self):
+        input_adapter = self.input.build(self.encoder.init_scale)
+        encoder = self.build_encoder(input_adapter.num_channels)
+        if self.freeze_encoder:
+            freeze(input_adapter)
+            freeze(encoder)
+        if self.decoder is None:
+            output = ClassificationOutput(self.num_latent_channels, self.num_classes, self.encoder.init_scale)
+            return Perceiver(input_adapter, encoder, output)
+        num_channels = self.decoder.num_query_channels or self.num_latent_channels
+        init_scale = self.decoder.init_scale
+        return PerceiverIO(
+            input_adapter,
+            encoder,
+            TrainableQueries(1, num_channels, init_scale=init_scale),
+            PerceiverDecoder(self.decoder, self.num_latent_channels, num_channels),
+            ClassificationOutput(num_channels, self.num_classes, init_scale),
+        )
+
+
+def freeze(module: nn.Module):
+    """Turns off gradients and stays in evaluation mode: no dropout, and BatchNorm keeps its statistics."""
+    module.requires_grad_(False).eval()
+    module.train = lambda mode=True: module
+
+
+class Classification(Task):
+    """One label for each input."""
+
+    options = ("attention",)
+
+    def prepare(self, train_set, val_set):
+        """Checks the classes of the data and shuffles the training set. `val_set` has class_names and labels."""
+        config = self.config
+        self.check_classes(val_set.class_names, "model.num_classes", config.model.num_classes)
+        if config.model.freeze_encoder and config.model.init_from is None:
+            self.data_note += "; the encoder is frozen at random weights: set model.init_from"
+        self.val_set = val_set
+        return Shuffled(train_set, config.data.batch_size, config.train.seed), val_set
+
+    def class_sums(self, logits, labels, label_smoothing=0.0):
+        """Sums from logits (B, E) and labels: classes (B,), or their probabilities (B, E)."""
+        loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+        classes = labels if labels.ndim == 1 else labels.argmax(-1)
+        return {
+            "loss": loss,
+            "count": torch.tensor(len(logits), device=loss.device),
+            "correct": (logits.argmax(-1) == classes).sum(),
+        }
+
+    def summary(self, metrics):
+        """The validation accuracy beside the accuracy of always choosing the most frequent class."""
+        counts = np.bincount(self.val_set.labels)
+        return (
+            f"validation: {metrics['accuracy']:.1%} right; always choosing the most frequent class would give "
+            f"{counts.max() / counts.sum():.1%}"
+        )
+
+
+def ranking(logits: Tensor, class_names: list[str] | None, top_k: int) -> list[str]:
+    """Lines with the most likely classes of logits (E,)."""
+    names = class_names or [f"class {label}" for label in range(len(logits))]
+    top = logits.float().softmax(-1).topk(min(top_k, len(logits)))
+    return [f"  {probability:7.2%}  {names[label]}" for probability, label in zip(top.values, top.indices)]
