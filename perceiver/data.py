@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import sysconfig
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -756,8 +757,8 @@ def read_mnist(root, train, download):
     if download:
         datasets.MNIST(root, download=True)
     part = "train" if train else "t10k"
-    images = read_idx(root, f"{part}-images-idx3-ubyte")
-    labels = read_idx(root, f"{part}-labels-idx1-ubyte")
+    images = read_idx(root, f"{part}-images-idx3-ubyte", datasets.mnist.read_image_file)
+    labels = read_idx(root, f"{part}-labels-idx1-ubyte", datasets.mnist.read_label_file)
     if labels.shape != images.shape[:1] or labels.max() > 9:
         raise UserError(
             f"{root}: MNIST must have images of shape (n, height, width) and labels of shape (n,) from 0 to 9; "
@@ -766,17 +767,16 @@ def read_mnist(root, train, download):
     return LabelledImages(images, labels, list("0123456789"))
 
 
-def read_idx(root, name):
-    """The array of an IDX file in `root`, or in MNIST/raw, torchvision's folder. The file may be compressed."""
+def read_idx(root, name, read):
+    """The array that torchvision's `read` finds in an IDX file in `root` or root/MNIST/raw, which may be compressed."""
     files = sorted([*root.glob(f"{name}*"), *root.glob(f"MNIST/raw/{name}*")])
     if not files:
         raise FileNotFoundError(f"there is no {name}")
-    with reading(files[0]):
+    with reading(files[0]), tempfile.NamedTemporaryFile() as unpacked:  # torchvision reads no compressed files
         data = files[0].read_bytes()
-        if files[0].suffix == ".gz":
-            data = gzip.decompress(data)
-        shape = np.frombuffer(data, ">i4", data[3], offset=4)  # byte 3 is the number of dimensions
-        return np.frombuffer(data, np.uint8, offset=4 + shape.nbytes).reshape(shape)
+        unpacked.write(gzip.decompress(data) if files[0].suffix == ".gz" else data)
+        unpacked.flush()
+        return read(unpacked.name).numpy()
 
 
 def read_cifar10(root, train, download):

@@ -445,3 +445,13 @@ def test_mistakes_in_image_data_are_named(tmp_path, monkeypatch):
     assert "no network" in load("cifar10", None, tmp_path / "cache")
     monkeypatch.setattr(torchvision.datasets, "MNIST", no_network)
     assert "no network" in load("mnist", None, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("content", [b"no IDX file", b"", b"\0\0\x0d\3" + np.array([1, 1, 1], ">i4").tobytes() + b"\0" * 4])
+def test_idx_files_of_another_kind_are_refused(tmp_path, content):
+    """Text, an empty file, and an IDX file of 32-bit floats."""
+    for name in ("images-idx3", "labels-idx1"):
+        (tmp_path / f"train-{name}-ubyte").write_bytes(content)
+    with pytest.raises(UserError, match="cannot read .*train-images-idx3-ubyte") as error:
+        load_labelled_images("mnist", str(tmp_path), "nowhere", True)
+    assert "\n" not in str(error.value)
