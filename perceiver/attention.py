@@ -13,8 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-KeysValues = tuple[Tensor, Tensor]
-
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal=False, dropout=0.0, scale: float | None = None
@@ -28,16 +26,17 @@ def attend(
     """
     n = q.shape[-2]
     m = k.shape[-2]
+    sdpa = scaled_dot_product_attention if dropout and q.is_cpu else F.scaled_dot_product_attention
     causal = causal and n > 1  # a single query is the last position: it sees all keys
     if mask is None:
         if causal and n < m:
             # `is_causal=True` would align the queries with the first keys. On CUDA, causal_lower_right selects the
-            # flash kernel and takes no memory; on a CPU it would only break the graph of torch.compile.
-            if q.is_cuda:
+            # flash kernel and takes no memory. But torch.compile cannot make it: it would break the graph.
+            if q.is_cuda and not torch.compiler.is_compiling():
                 mask = causal_lower_right(n, m)
             else:
                 mask = q.new_ones(n, m, dtype=torch.bool).tril(m - n)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=causal and n == m, scale=scale)
+        return sdpa(q, k, v, mask, dropout, is_causal=causal and n == m, scale=scale)
 
     mask = mask[..., -m:]
     if causal:
@@ -47,8 +46,26 @@ def attend(
     visible = mask | fully_masked
     if mask.shape[-1] == 1:
         visible = None  # the mask hides all keys or none from a query
-    x = F.scaled_dot_product_attention(q, k, v, visible, dropout, scale=scale)
+    x = sdpa(q, k, v, visible, dropout, scale=scale)
     return x.masked_fill(fully_masked, 0.0)
+
+
+def scaled_dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, is_causal=False, scale: float | None = None
+) -> Tensor:
+    """PyTorch's function of this name with dropout, for the CPU, where PyTorch has no fast kernel for it.
+
+    PyTorch's code also scales the keys and looks for fully masked rows. Without that, a training step of mnist.yaml
+    takes nine tenths of the time.
+    """
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    scores = (q * scale) @ k.mT
+    if is_causal:
+        mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return F.dropout(scores.softmax(-1), dropout) @ v
 
 
 def mask_of_padding(pad_mask: Tensor | None) -> Tensor | None:
@@ -85,11 +102,14 @@ class LayerCache:
             return attend(q, k, v, causal=True, scale=scale)
         keys = self.keys[:, :, : self.num_read]
         values = self.values[..., : self.num_read]
-        scores = (keys @ (q * scale).mT)[..., 0]  # (B, H, num_read)
+        # In bfloat16, the scores would lose more than the keys and values have lost. torch.compile converts on the way.
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        scores = (keys.to(dtype) @ (q.to(dtype) * scale).mT)[..., 0]  # (B, H, num_read)
         if self.bias is not None:
             scores = scores + self.bias
-        weights = scores.softmax(-1).to(values.dtype)
-        return weights[:, :, None] @ values.mT
+        weights = scores.softmax(-1)
+        x = weights[:, :, None] @ values.to(dtype).mT
+        return x.to(q.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -118,9 +138,18 @@ def rotate(x: Tensor, angles: Tensor) -> Tensor:
     cos, sin = angles[..., -length:, :]
     num_rotary = 2 * cos.shape[-1]
     pairs = x[..., :num_rotary].unflatten(-1, (-1, 2))
-    a, b = pairs.unbind(-1)
-    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
+    *strides, last_stride = pairs.stride()
+    in_memory = last_stride == 1 and all(stride % 2 == 0 for stride in strides)  # as complex numbers are
+    if in_memory and x.dtype == cos.dtype and x.dtype.itemsize >= 4 and not torch.compiler.is_compiling():
+        # A pair is a complex number, and a turn is a product. On a CPU, this takes a quarter of the time. bfloat16 has
+        # no complex numbers, and torch.compile does not compile them.
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
+    else:
+        a, b = pairs.unbind(-1)
+        turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
     turned = turned.flatten(-2).to(x.dtype)
+    if num_rotary == x.shape[-1]:
+        return turned
     return torch.cat((turned, x[..., num_rotary:]), dim=-1)
 
 
@@ -132,8 +161,11 @@ def sinusoids(positions: Tensor, num_channels: int, dtype: torch.dtype) -> Tenso
     a table for a context of that length would take half a gigabyte.
     """
     exponents = torch.linspace(0, -4, num_channels // 2, device=positions.device, dtype=torch.float64)
-    angles = positions[..., None] * 10**exponents  # (B, M, C / 2)
-    return torch.cat((angles.sin().to(dtype), angles.cos().to(dtype)), dim=-1)
+    blocks = []
+    for block in positions.split(4096, dim=1):  # float64 needs much memory
+        angles = block[..., None] * 10**exponents  # (B, 4096, C / 2)
+        blocks.append(torch.cat((angles.sin().to(dtype), angles.cos().to(dtype)), dim=-1))
+    return torch.cat(blocks, dim=1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -167,6 +199,53 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention without projections
+#
+# Often one array is much longer than the other: inputs beside latents, or output queries beside latents. The projections
+# of the longer array then take most of the time. They can move to the shorter array, because matrix products associate.
+# For unprojected inputs X as keys and values, and for unprojected queries X:
+#
+#     softmax(q (X Wk^T)^T) (X Wv^T) = (softmax((q Wk) X^T) X) Wv^T
+#     (softmax((X Wq^T) k^T) v) Wo^T = softmax(X (k Wq)^T) (v Wo^T)
+#
+# A column of ones in X makes biases a part of the weights. The scale and shift of the norm of X become a part as well,
+# so X needs no gradient if the inputs need none. On 2 CPU cores, a training step of mnist.yaml takes half of the time.
+
+
+@dataclass
+class Unprojected:
+    """Inputs that serve as keys and as values, and the projections that `Attention` moves to its queries and output."""
+
+    x: Tensor  # (B, 1, M, W): normalized inputs, then ones
+    key_weight: Tensor  # (H, C/H, W)
+    value_weight: Tensor  # (H, C/H, W)
+
+
+KeysValues = tuple[Tensor, Tensor] | Unprojected
+
+
+def weight_with_bias(layer: nn.Module, num_heads: int, norm: nn.LayerNorm | None = None) -> Tensor:
+    """The weights (H, C/H, W) of a linear map of inputs (..., Cin) with ones appended.
+
+    Column Cin is the bias. Zeros pad W to a multiple of 8. The inputs lack the scale and shift of `norm`, if it is given.
+    """
+    weight = layer.weight
+    bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
+    if norm is not None:
+        bias = bias + (weight * norm.bias).sum(1)
+        weight = weight * norm.weight
+    weight = torch.cat((weight, bias[:, None]), dim=1)
+    weight = F.pad(weight, (0, -weight.shape[1] % 8))
+    return weight.unflatten(0, (num_heads, -1))
+
+
+def with_ones(x: Tensor, width: int) -> Tensor:
+    """x (B, M, C) with ones in the channels from C to `width`: (B, 1, M, width)."""
+    ones = x.new_ones(*x.shape[:2], width - x.shape[-1])
+    return torch.cat((x, ones), dim=-1)[:, None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -218,33 +297,79 @@ class Attention(nn.Module):
         causal=False,
         rotary: Tensor | None = None,
         cache: LayerCache | None = None,
+        kv_norm: nn.LayerNorm | None = None,
     ) -> Tensor:
         """x_q (B, N, Cq) and x_kv (B, M, Ckv) -> (B, N, Cq). x_kv may also be the result of `keys_values`.
 
         mask, causal  as in `attend`
         rotary        `rotary_angles`: the last M positions belong to the keys, the last N to the queries
         cache         the layer's cache in a decoding step; not together with mask
+        kv_norm       LayerNorm of x_kv, which the attention applies. Default: x_kv is normalized already
         """
-        k, v = x_kv if isinstance(x_kv, tuple) else self.keys_values(x_kv)
+        options = (mask, causal, self.dropout if self.training else 0.0, self.qk_head_channels**-0.5)
+        projected = rotary is not None or cache is not None  # these need projected queries and keys
+        if isinstance(x_kv, Tensor):
+            x_kv = self.keys_values(x_kv, kv_norm, num_queries=None if projected else x_q.shape[1])
+        if isinstance(x_kv, Unprojected):
+            return self.attend_to_unprojected(x_q, x_kv, *options)
+        k, v = x_kv
+        if not projected and self.moving_pays(x_q, k.shape[2]):
+            return self.attend_from_unprojected(x_q, k, v, *options)
+
         q = self.project(self.q, x_q, k.shape[-1])
         if rotary is not None:
             q = rotate(q, rotary)
             k = rotate(k, rotary)
-        scale = self.qk_head_channels**-0.5
-        if cache is not None:
-            x = cache.attend(q, k, v, scale)
-        else:
-            dropout = self.dropout if self.training else 0.0
-            x = attend(q, k, v, mask, causal, dropout, scale)
+        x = attend(q, k, v, *options) if cache is None else cache.attend(q, k, v, scale=options[-1])
         x = x[..., : self.v_head_channels]  # (B, H, N, C/H), without the padding
         return self.out(x.transpose(1, 2).flatten(-2))
 
-    def keys_values(self, x_kv: Tensor) -> KeysValues:
-        """Keys and values (B, H, M, width of a head) of x_kv (B, M, Ckv)."""
+    def keys_values(self, x_kv: Tensor, norm: nn.LayerNorm | None = None, num_queries: int | None = None) -> KeysValues:
+        """What `forward` needs of x_kv (B, M, Ckv): keys and values (B, H, M, width of a head), or `Unprojected`.
+
+        norm         LayerNorm of x_kv. Default: x_kv is normalized already
+        num_queries  N. If it is given, the inputs stay unprojected where that pays
+        """
+        if norm is not None and num_queries is not None and self.moving_pays(x_kv, num_queries):
+            x = F.layer_norm(x_kv, norm.normalized_shape, eps=norm.eps)
+            key_weight = weight_with_bias(self.k, self.num_heads, norm)
+            value_weight = weight_with_bias(self.v, self.num_heads, norm)
+            return Unprojected(with_ones(x, key_weight.shape[-1]), key_weight, value_weight)
+        if norm is not None:
+            x_kv = norm(x_kv)
         qk_width, v_width = self.head_widths(x_kv.device)
         k = self.project(self.k, x_kv, qk_width)
         v = self.project(self.v, x_kv, v_width)
         return k, v
+
+    def moving_pays(self, x: Tensor, num_others: int) -> bool:
+        """Whether attention between x (B, M, C) and `num_others` other positions multiplies less with x unprojected."""
+        length, channels = x.shape[1:]
+        num_projected = self.q.out_features + self.v.out_features
+        projected = num_projected * length * (channels + num_others)
+        moved = num_projected * num_others * channels + 2 * self.num_heads * channels * num_others * length
+        return length > num_others and moved < projected
+
+    def attend_to_unprojected(self, x_q: Tensor, kv: Unprojected, *options) -> Tensor:
+        """x_q (B, N, Cq) and inputs as keys and values -> (B, N, Cq). The options are those of `attend`."""
+        q = self.project(self.q, x_q, self.qk_head_channels)
+        q = q @ kv.key_weight  # (B, H, N, W)
+        x_kv = kv.x.to(q.dtype).expand(-1, self.num_heads, -1, -1)
+        x = attend(q, x_kv, x_kv, *options)
+        x = x @ kv.value_weight.mT  # (B, H, N, C/H)
+        return self.out(x.transpose(1, 2).flatten(-2))
+
+    def attend_from_unprojected(self, x_q: Tensor, k: Tensor, v: Tensor, *options) -> Tensor:
+        """Inputs x_q (B, N, Cq) as queries, and k and v of `keys_values` -> (B, N, Cq). The options are as before."""
+        num_channels = x_q.shape[-1]
+        k = k[..., : self.qk_head_channels] @ weight_with_bias(self.q, self.num_heads)  # (B, H, M, W)
+        value_weight = self.out.weight.unflatten(1, (self.num_heads, -1)).movedim(0, 2)  # (H, C/H, Cq)
+        v = v[..., : self.v_head_channels] @ value_weight
+        v = F.pad(v, (0, k.shape[-1] - num_channels))  # fast kernels need equal widths
+        q = with_ones(x_q, k.shape[-1]).to(k.dtype).expand(-1, self.num_heads, -1, -1)
+        x = attend(q, k, v, *options)
+        x = x[..., :num_channels].sum(1)  # over the heads
+        return x if self.out.bias is None else x + self.out.bias
 
     def head_widths(self, device: torch.device) -> tuple[int, int]:
         """The padded number of channels in a head: of queries and keys, and of values.

@@ -106,13 +106,13 @@ class CrossAttentionLayer(nn.Module):
         The keywords are those of `Attention.forward`.
         """
         q = self.q_norm(x_q)
+        kv_norm = self.kv_norm
         if self.latent_keys == "q_norm":
             num_latents = x_q.shape[1]
             prefix = self.kv_norm(x_kv[:, :-num_latents])
             x_kv = torch.cat((prefix, q), dim=1)
-        elif not isinstance(x_kv, tuple):
-            x_kv = self.kv_norm(x_kv)
-        x = self.dropout(self.attention(q, x_kv, **kwargs))
+            kv_norm = None
+        x = self.dropout(self.attention(q, x_kv, kv_norm=kv_norm, **kwargs))
         if self.query_residual:
             x = x_q + x
         return x + self.dropout(self.mlp(x))
@@ -274,7 +274,8 @@ class PerceiverEncoder(nn.Module):
             if i < c.num_cross_attention_layers:
                 layer = self.cross_attention[which]
                 if i == shared_from and i + 1 < c.num_cross_attention_layers:
-                    x = layer.attention.keys_values(layer.kv_norm(x))  # once for all further calls
+                    # Once for all further calls
+                    x = layer.attention.keys_values(x, layer.kv_norm, num_queries=latents.shape[1])
                 latents = run_layer(layer, c, latents, x, mask=mask)
             for layer in self.self_attention[which]:
                 latents = run_layer(layer, c, latents)
