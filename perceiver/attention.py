@@ -29,6 +29,8 @@ def attend(
     sdpa = scaled_dot_product_attention if dropout and q.is_cpu else F.scaled_dot_product_attention
     causal = causal and n > 1  # a single query is the last position: it sees all keys
     if mask is None:
+        if causal and n == m and n <= 1024 and q.is_cpu and not dropout:
+            return causal_self_attention(q, k, v, scale)
         if causal and n < m:
             # `is_causal=True` would align the queries with the first keys. On CUDA, causal_lower_right selects the
             # flash kernel and takes no memory. But torch.compile cannot make it: it would break the graph.
@@ -48,6 +50,22 @@ def attend(
         visible = None  # the mask hides all keys or none from a query
     x = sdpa(q, k, v, visible, dropout, scale=scale)
     return x.masked_fill(fully_masked, 0.0)
+
+
+def causal_self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+    """Causal attention with N = M on the CPU, where PyTorch's kernel computes blocks of 512 keys, seen or not.
+
+    A quarter of the queries at a time skips keys that they do not see. For 512 positions, forward and backward passes
+    take 0.7 of the time.
+    """
+    parts = []
+    end = 0
+    for part in q.chunk(4, dim=2):
+        start = end
+        end += part.shape[2]
+        mask = q.new_ones(part.shape[2], end, dtype=torch.bool).tril(start)
+        parts.append(F.scaled_dot_product_attention(part, k[:, :, :end], v[:, :, :end], mask, scale=scale))
+    return torch.cat(parts, dim=2)
 
 
 def scaled_dot_product_attention(
