@@ -82,11 +82,12 @@ def parse_args() -> argparse.Namespace:
 
 def main(args: argparse.Namespace):
     check_counts(args, "max_new_tokens", "num_samples")
-    if args.compile and not shutil.which(os.environ.get("CXX", "g++")):
+    device = find_device(args.device)
+    if args.compile and device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
         raise UserError("--compile needs a C++ compiler: install g++, or name one in the environment variable CXX")
     if args.dtype == "int8" and not args.compile:
         raise UserError("--dtype int8 without --compile is slower than float32: add --compile")
-    task, model = load_model(args.ckpt, find_device(args.device))
+    task, model = load_model(args.ckpt, device)
     check_options(task, args, ("tokenizer", "out", "piano_roll"))
     if isinstance(model, PerceiverAR):
         if args.dtype == "int8":

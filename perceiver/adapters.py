@@ -219,9 +219,8 @@ class FourierQueries(nn.Module):
         if output_positions is None:
             output_positions = torch.arange(math.prod(self.grid), device=x.device)
         coordinates = torch.unravel_index(output_positions, self.grid)
-        sizes = torch.tensor(self.grid, device=x.device)
-        points = torch.stack(coordinates, dim=-1)  # (..., O', d)
-        positions = -1 + 2 * points / sizes
+        positions = [-1 + 2 * points / size for points, size in zip(coordinates, self.grid)]
+        positions = torch.stack(positions, dim=-1)  # (..., O', d)
         queries = fourier_features(positions, self.num_bands, self.max_resolution)
         return queries.to(x.dtype).expand(len(x), -1, -1)
 

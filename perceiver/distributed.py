@@ -54,7 +54,9 @@ class Ranks:
         """The model for training steps. Its backward pass averages gradients over the ranks."""
         if self.world_size == 1:
             return model
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+        # BatchNorm changes its buffers. The others are constant, such as tables of Fourier features.
+        has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=has_batch_norm)
 
 
 def find_device(name: str) -> torch.device:

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 class UserError(Exception):
     """A mistake in the user's input. The scripts print it as one line and exit with code 2."""
@@ -19,7 +21,7 @@ def reading(file) -> Iterator[None]:
     """Turns any exception in the block into a UserError, which says that `file` cannot be read, and why."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError, torch.OutOfMemoryError):  # the file is not to blame
         raise
     except Exception as error:  # decoders raise all kinds of exceptions on a broken file
         raise UserError(f"cannot read {file}: {reason(error)}") from None

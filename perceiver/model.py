@@ -415,6 +415,8 @@ class PerceiverARConfig:
     num_rotary_layers: Annotated[int, "[-1, inf)"] = 1  # self-attention layers with rotary positions; -1: all
     output_norm: bool = False  # LayerNorm before the output; google has one
     output_bias: bool = True  # bias of the output
+    activation: Literal["gelu", "squared_relu"] = "gelu"  # of MLPs; google: squared_relu
+    zero_init: bool = False  # attention and MLP outputs start at zero, so each layer starts as the identity
     init_scale: Scale = 0.02  # standard deviation of the initial weights; google: 1 / sqrt(inputs), embeddings 1
     latent_keys: Literal["kv_norm", "q_norm"] = "kv_norm"  # LayerNorm of latents as keys; q_norm: compatibility
     # Training
@@ -435,6 +437,8 @@ class PerceiverARConfig:
                 "num_rotary_layers",
                 "output_norm",
                 "output_bias",
+                "activation",
+                "zero_init",
                 "init_scale",
                 "latent_keys",
             )
@@ -497,7 +501,7 @@ class PerceiverAR(nn.Module):
         layer = dict(
             num_heads=c.num_heads,
             widening_factor=4,
-            activation="squared_relu" if google else "gelu",
+            activation="squared_relu" if google else c.activation,
             bias=google,
             dropout=c.post_attention_dropout,
             residual_dropout=c.residual_dropout,
@@ -514,6 +518,10 @@ class PerceiverAR(nn.Module):
         self.output_weight = nn.Parameter(torch.zeros(c.vocab_size, c.num_channels)) if google else None
         self.output_bias = nn.Parameter(torch.zeros(c.vocab_size)) if c.output_bias else None
         init_weights(self, None if google else c.init_scale)
+        if c.zero_init:
+            for layer in (self.cross_attention, *self.self_attention):
+                nn.init.zeros_(layer.attention.out.weight)
+                nn.init.zeros_(layer.mlp[-1].weight)
 
     def forward(
         self,

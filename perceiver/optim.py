@@ -1,12 +1,14 @@
 """Optimizers with their parameter groups, learning-rate schedules, and gradient clipping."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from perceiver.config import OptimConfig
+from perceiver.model import CrossAttentionLayer, SelfAttentionLayer
 
 
 class Lamb(torch.optim.Optimizer):
@@ -52,6 +54,65 @@ class Lamb(torch.optim.Optimizer):
         p.add_(update * trust_ratio, alpha=-group["lr"])
 
 
+class Muon(torch.optim.AdamW):
+    """Muon for the matrices of attention and MLP layers, AdamW for all other parameters.
+
+    Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
+    matrix with orthogonal rows or columns. The update has the root mean square of AdamW's (arXiv 2502.16982, section
+    2.2). torch.optim.Muon does the same in bfloat16 only, one matrix at a time; most CPUs multiply bfloat16 slowly.
+    """
+
+    def __init__(self, groups: list[dict], matrices: list[nn.Parameter], muon_lr: float, momentum: float, **adamw):
+        """groups    of AdamW
+        matrices  of Muon; all of `groups` must lack them
+        muon_lr   the peak of its learning rate, which follows the schedule of AdamW's
+        """
+        super().__init__(groups, **adamw)
+        group = {"params": matrices, "lr_factor": muon_lr / adamw["lr"], "momentum": momentum}
+        self.add_param_group(group)
+
+    @torch.no_grad()
+    def step(self):
+        *adamw_groups, group = groups = self.param_groups
+        self.param_groups = adamw_groups
+        super().step()
+        self.param_groups = groups
+        by_shape = defaultdict(list)
+        for p in group["params"]:
+            if p.grad is not None:
+                by_shape[p.shape].append(p)
+        for params in by_shape.values():
+            self.update(params, group)
+
+    def update(self, params: list[nn.Parameter], group: dict):
+        """Updates matrices of one shape in place."""
+        grads = [p.grad for p in params]
+        means = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        torch._foreach_lerp_(means, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov momentum
+        updates = orthogonalize(torch.stack(updates)).to(params[0].dtype)
+        lr = group["lr"] * group["lr_factor"]
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        rms = 0.2 * max(params[0].shape) ** 0.5  # AdamW's root mean square, 0.2, over that of an orthogonal matrix
+        torch._foreach_add_(params, updates.unbind(), alpha=-lr * rms)
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """Orthogonal factors, nearly, of matrices (B, M, N): U V^T for each matrix U S V^T, with singular values near 1.
+
+    Five Newton-Schulz iterations with Jordan's coefficients bring the singular values between 0.7 and 1.2.
+    """
+    if x.is_cuda:
+        x = x.bfloat16()  # the iterations bear it
+    wide = x if x.shape[1] <= x.shape[2] else x.mT
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values are at most 1
+    for _ in range(5):
+        gram = wide @ wide.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        wide = torch.baddbmm(wide, polynomial, wide, beta=3.4445)
+    return wide if x.shape[1] <= x.shape[2] else wide.mT
+
+
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """The optimizer for the parameters that require gradients.
 
@@ -59,6 +120,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     and norms, as in DeepMind's ImageNet recipe.
     """
     params = [p for p in model.parameters() if p.requires_grad]
+    matrices = []
+    if config.name == "muon":
+        matrices = [p for p in layer_matrices(model) if p.requires_grad]
+        chosen = set(matrices)
+        params = [p for p in params if p not in chosen]
     groups = [
         {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
@@ -68,9 +134,18 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     options = config.lr, config.betas, config.eps
     if config.name == "lamb":
         return Lamb(groups, *options)
+    if config.name == "muon":
+        adamw = dict(lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
+        return Muon(groups, matrices, config.muon_lr, config.momentum, **adamw)
     if config.name == "adam":
         return torch.optim.Adam(groups, *options, fused=True)
     return torch.optim.AdamW(groups, *options, fused=True)
+
+
+def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the linear maps in attention and MLP layers."""
+    layers = [m for m in model.modules() if isinstance(m, CrossAttentionLayer | SelfAttentionLayer)]
+    return [m.weight for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
 
 
 def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
@@ -85,6 +160,10 @@ def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
         passed = sum(step >= milestone * end for milestone in config.milestones)
         return config.lr * 0.1**passed
     start = warmup
+    if config.schedule == "trapezoid":
+        cooldown = config.cooldown_fraction * end
+        left = min(1.0, max(0.0, (end - step) / cooldown))
+        return config.lr * (config.min_lr_fraction + (1 - config.min_lr_fraction) * left)
     if config.schedule == "constant_cosine":
         start = max(warmup, end / 2)
     progress = (step - start) / max(1, end - start)

@@ -4,9 +4,10 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from perceiver.tasks.base import Task
@@ -71,14 +72,20 @@ def peak_flops(device_name: str, bf16: bool) -> float:
     return 0.0
 
 
+@lru_cache(maxsize=1)
+def meta_model(task: Task) -> nn.Module:
+    """The task's model on the meta device."""
+    with torch.device("meta"):
+        return task.build_model().requires_grad_(False)  # the counter fails on views of tensors with gradients
+
+
 def training_flops(task: Task, batch: dict[str, Tensor]) -> int:
     """FLOPs of a forward and a backward pass. The backward pass takes twice the FLOPs of the forward pass.
 
     Recomputed activations do not count. The model runs on the meta device, which computes nothing. There, attention
     consists of plain matrix products, so the counter needs no formulas for fused kernels.
     """
-    with torch.device("meta"):
-        model = task.build_model().requires_grad_(False)  # the counter fails on views of tensors with gradients
+    model = meta_model(task)
     batch = {name: values.to("meta") for name, values in batch.items()}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         task.loss(model, batch)

@@ -70,7 +70,7 @@ class Classification(Task):
         classes = labels if labels.ndim == 1 else labels.argmax(-1)
         return {
             "loss": loss,
-            "count": torch.tensor(len(logits), device=loss.device),
+            "count": loss.new_full((), len(logits)),  # torch.tensor would wait for the GPU
             "correct": (logits.argmax(-1) == classes).sum(),
         }
 

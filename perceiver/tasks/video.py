@@ -525,7 +525,7 @@ class MultimodalAutoencoding(Task):
         correct = outputs["label"].argmax(-1) == labels
         return sums | {
             "loss": loss + data.label_weight * cross_entropy,
-            "count": labels.new_tensor(len(labels)),
+            "count": labels.new_full((), len(labels)),  # new_tensor would wait for the GPU
             "audio_power": sum_of_means(targets["audio"].square()),
             "masked": masked.sum(),
             "masked_correct": (masked * correct).sum(),
