@@ -392,6 +392,7 @@ def test_own_token_ids_end_to_end(tmp_path):
 @pytest.mark.gpu
 def test_training_on_a_gpu_with_compile_and_bf16(tmp_path, corpus):
     result = run_train(f"data.path={corpus}", f"train.out_dir={tmp_path}/run", "train.max_steps=30", "optim.lr=0.01",
-                       "train.compile=true", "train.device=cuda", "model.cross_attention_dropout=0.5")
+                       "train.compile=true", "train.device=cuda", "train.precision=bf16",
+                       "model.cross_attention_dropout=0.5")
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "run")[-1] < 4.5
