@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import ROOT, read_metrics, run_script
+from conftest import FLOAT32, ROOT, read_metrics, run_script
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text()
@@ -38,7 +38,8 @@ def test_the_task_of_your_own_task_is_learned_from_a_csv_file(tmp_path):
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    assert "480 rows for training, the last 120" in run("train.py", "configs/forecasting.yaml", "data.path=series.csv")
+    result = run("train.py", "configs/forecasting.yaml", "data.path=series.csv", FLOAT32)
+    assert "480 rows for training, the last 120" in result
     losses = [line["loss"] for line in read_metrics(tmp_path / "runs/forecasting", "val")]
     assert losses[-1] < 0.05  # the variance of both series is 0.5
     name, *rows = run("predict.py", "--ckpt", "runs/forecasting", "series.csv").splitlines()

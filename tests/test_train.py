@@ -17,7 +17,7 @@ import train
 from conftest import ROOT, TINY, read_metrics, run_script, run_train
 from perceiver import checkpoint, speed
 from perceiver.config import load_config
-from perceiver.distributed import Ranks
+from perceiver.distributed import Ranks, uses_bf16
 from perceiver.speed import peak_flops, training_flops
 from perceiver.tasks import TASKS
 
@@ -288,6 +288,37 @@ def test_samples_are_made_in_evaluation_mode_after_the_checkpoint_is_saved(tmp_p
     assert seen == [*step, 1, *step, 2]
 
 
+@pytest.mark.parametrize("capabilities, bf16", [
+    ({"avx512_bf16": True, "amx_bf16": False}, True),
+    ({"avx512_bf16": False, "amx_bf16": True}, True),
+    ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, False),
+    ({"neon": True, "bf16": True}, False),
+])
+def test_automatic_precision_of_a_cpu(monkeypatch, capabilities, bf16):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    cpu = torch.device("cpu")
+    assert uses_bf16("auto", cpu) is bf16
+    assert uses_bf16("bf16", cpu) and not uses_bf16("float32", cpu)
+
+
+@pytest.mark.parametrize("avx512, amx", [(True, False), (False, True), (False, False)])
+def test_automatic_precision_of_a_cpu_in_older_versions_of_torch(monkeypatch, avx512, amx):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert uses_bf16("auto", torch.device("cpu")) is (avx512 or amx)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_automatic_precision_of_a_gpu(monkeypatch, bf16):
+    """What the CPU can do does not matter then."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": not bf16}, raising=False)
+    gpu = torch.device("cuda")
+    assert uses_bf16("auto", gpu) is bf16
+    assert uses_bf16("bf16", gpu) and not uses_bf16("float32", gpu)
+
+
 @pytest.mark.parametrize("name, bf16, peak", [
     ("NVIDIA H100 80GB HBM3", True, 989e12),
     ("NVIDIA A100-SXM4-40GB", False, 156e12),
@@ -361,6 +392,7 @@ def test_own_token_ids_end_to_end(tmp_path):
 @pytest.mark.gpu
 def test_training_on_a_gpu_with_compile_and_bf16(tmp_path, corpus):
     result = run_train(f"data.path={corpus}", f"train.out_dir={tmp_path}/run", "train.max_steps=30", "optim.lr=0.01",
-                       "train.compile=true", "train.device=cuda", "model.cross_attention_dropout=0.5")
+                       "train.compile=true", "train.device=cuda", "train.precision=bf16",
+                       "model.cross_attention_dropout=0.5")
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "run")[-1] < 4.5
