@@ -54,40 +54,36 @@ class Lamb(torch.optim.Optimizer):
         p.add_(update * trust_ratio, alpha=-group["lr"])
 
 
-class Muon(torch.optim.AdamW):
-    """Muon for the matrices of attention and MLP layers, AdamW for all other parameters.
+class Muon(torch.optim.Optimizer):
+    """Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon) for weight matrices.
 
-    Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by the nearest
-    matrix with orthogonal rows or columns. The update has the root mean square of AdamW's (arXiv 2502.16982, section
-    2.2). torch.optim.Muon does the same in bfloat16 only, one matrix at a time; most CPUs multiply bfloat16 slowly.
+    It replaces the momentum of a matrix by a nearby matrix with orthogonal rows or columns. The update has the root mean
+    square of AdamW's, and weight decay is AdamW's (arXiv 2502.16982, section 2.2). torch.optim.Muon does the same, but
+    only in bfloat16, which is slow on most CPUs, and one matrix at a time.
     """
 
-    def __init__(self, groups: list[dict], matrices: list[nn.Parameter], muon_lr: float, momentum: float, **adamw):
-        """groups    of AdamW
-        matrices  of Muon; all of `groups` must lack them
-        muon_lr   the peak of its learning rate, which follows the schedule of AdamW's
-        """
-        super().__init__(groups, **adamw)
-        group = {"params": matrices, "lr_factor": muon_lr / adamw["lr"], "momentum": momentum}
-        self.add_param_group(group)
+    def __init__(self, params, lr: float, lr_factor: float, momentum: float, weight_decay: float):
+        """The learning rate is lr * lr_factor. A schedule that sets one `lr` for all parameters needs the factor."""
+        options = {"lr": lr, "lr_factor": lr_factor, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, options)
 
     @torch.no_grad()
     def step(self):
-        *adamw_groups, group = groups = self.param_groups
-        self.param_groups = adamw_groups
-        super().step()
-        self.param_groups = groups
-        by_shape = defaultdict(list)
-        for p in group["params"]:
-            if p.grad is not None:
-                by_shape[p.shape].append(p)
-        for params in by_shape.values():
-            self.update(params, group)
+        for group in self.param_groups:
+            by_shape = defaultdict(list)
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape[p.shape].append(p)
+            for params in by_shape.values():
+                self.update(params, group)
 
     def update(self, params: list[nn.Parameter], group: dict):
         """Updates matrices of one shape in place."""
         grads = [p.grad for p in params]
-        means = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        means = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(means, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov momentum
         updates = orthogonalize(torch.stack(updates)).to(params[0].dtype)
@@ -113,33 +109,63 @@ def orthogonalize(x: Tensor) -> Tensor:
     return wide if x.shape[1] <= x.shape[2] else wide.mT
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+class Optimizers:
+    """Several optimizers for different parameters, with the methods of one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    def step(self):
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none=True):
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> list[dict]:
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def load_state_dict(self, states: list[dict]):
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer | Optimizers:
     """The optimizer for the parameters that require gradients.
 
     Weight decay applies to tensors of two or more dimensions (weights, embeddings, latents, positions), not to biases
-    and norms, as in DeepMind's ImageNet recipe.
+    and norms, as in DeepMind's ImageNet recipe. `muon` updates the matrices of layers, and AdamW the other parameters.
     """
     params = [p for p in model.parameters() if p.requires_grad]
-    matrices = []
     if config.name == "muon":
         matrices = [p for p in layer_matrices(model) if p.requires_grad]
-        chosen = set(matrices)
-        params = [p for p in params if p not in chosen]
-    groups = [
-        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
-    ]
+        chosen = {id(p) for p in matrices}
+        others = [p for p in params if id(p) not in chosen]
+        muon = Muon(matrices, config.lr, config.muon_lr / config.lr, config.momentum, config.weight_decay)
+        adamw = torch.optim.AdamW(decay_groups(others, config), config.lr, config.betas, config.eps, fused=True)
+        return Optimizers(muon, adamw)
+    groups = decay_groups(params, config)
     if config.name == "sgd":
         return torch.optim.SGD(groups, config.lr, config.momentum, fused=True)
     options = config.lr, config.betas, config.eps
     if config.name == "lamb":
         return Lamb(groups, *options)
-    if config.name == "muon":
-        adamw = dict(lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True)
-        return Muon(groups, matrices, config.muon_lr, config.momentum, **adamw)
     if config.name == "adam":
         return torch.optim.Adam(groups, *options, fused=True)
     return torch.optim.AdamW(groups, *options, fused=True)
+
+
+def decay_groups(params: list[nn.Parameter], config: OptimConfig) -> list[dict]:
+    """Parameter groups with and without weight decay."""
+    return [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]
 
 
 def layer_matrices(model: nn.Module) -> list[nn.Parameter]:

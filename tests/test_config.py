@@ -70,7 +70,7 @@ def test_a_config_survives_a_checkpoint_and_yaml():
     ("optim.betas=[1]", ["optim.betas=[1] must have 2 values"]),
     ("optim.betas=[0, 1]", ["optim.betas=1.0 must be in [0, 1)"]),
     ("optim.betas=1", ["optim.betas=1 must be list"]),
-    ("optim.name=lion", ["optim.name='lion' must be one of adamw, adam, sgd, lamb"]),
+    ("optim.name=lion", ["optim.name='lion' must be one of adamw, adam, sgd, lamb, muon"]),
     ("optim.schedule=linear", ["optim.schedule='linear'", "constant_cosine"]),
     ("optim.schedule=step", ["optim.milestones=()"]),
     ("optim.milestones=[0.5]", ["optim.milestones=(0.5,)", "schedule"]),

@@ -5,7 +5,7 @@ import torch
 
 from perceiver.config import OptimConfig
 from perceiver.model import PerceiverAR, PerceiverARConfig
-from perceiver.optim import Lamb, build_optimizer, learning_rate, scale_and_clip
+from perceiver.optim import Lamb, build_optimizer, layer_matrices, learning_rate, orthogonalize, scale_and_clip
 from test_model import SMALL
 
 
@@ -97,8 +97,74 @@ def test_lamb_does_not_change_parameters_without_gradients():
     assert torch.equal(model.weight, lamb_model().weight) and model.bias not in optimizer.state
 
 
-@pytest.mark.parametrize("name, first, second", [("adamw", 0.89, 0.7811), ("adam", 0.9, 0.8),
-                                                 ("sgd", 0.79, 0.4771)])
+MUON = OptimConfig(name="muon", lr=0.003, muon_lr=0.02, betas=(0.9, 0.95), weight_decay=0.1, momentum=0.95)
+
+
+def train_with_muon(steps: int, save_at: int | None = None):
+    """A model after steps of Muon with random gradients. At step `save_at`, a new optimizer takes over the state."""
+    torch.manual_seed(0)
+    model = PerceiverAR(PerceiverARConfig(**SMALL))
+    optimizer = build_optimizer(model, MUON)
+    for step in range(steps):
+        if step == save_at:
+            state = optimizer.state_dict()
+            optimizer = build_optimizer(model, MUON)
+            optimizer.load_state_dict(state)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        for group in optimizer.param_groups:
+            group["lr"] = MUON.lr / (1 + step)
+        optimizer.step()
+    return model
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+def test_muon_equals_pytorchs_muon_and_adamw(monkeypatch):
+    """torch.optim.Muon computes in bfloat16; here it keeps float32."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    torch.manual_seed(0)
+    model = PerceiverAR(PerceiverARConfig(**SMALL))
+    matrices = layer_matrices(model)
+    others = [p for p in model.parameters() if all(p is not matrix for matrix in matrices)]
+    assert len(matrices) == 6 * (1 + len(model.self_attention)) and {p.ndim for p in matrices} == {2}
+    muon = torch.optim.Muon(matrices, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in others if p.ndim > 1], "weight_decay": 0.1},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.95),
+    )
+    for step in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        for optimizer, lr in ((muon, 0.02), (adamw, 0.003)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr / (1 + step)
+            optimizer.step()
+    expected = dict(model.named_parameters())
+    for name, parameter in train_with_muon(3).named_parameters():
+        torch.testing.assert_close(parameter, expected[name], msg=name)
+
+
+def test_muon_resumes_exactly():
+    expected = train_with_muon(4).state_dict()
+    for name, parameter in train_with_muon(4, save_at=2).state_dict().items():
+        assert torch.equal(parameter, expected[name]), name
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 5), (1, 3, 8), (2, 8, 3)])
+def test_orthogonalized_matrices_have_singular_values_near_1(shape):
+    x = torch.randn(shape, dtype=torch.float64)
+    y = orthogonalize(x)
+    u, _, v = torch.linalg.svd(x, full_matrices=False)
+    singular = torch.linalg.svdvals(y)
+    assert singular.min() > 0.6 and singular.max() < 1.3
+    diagonal = u.mT @ y @ v.mT  # y has the singular vectors of x
+    torch.testing.assert_close(diagonal, torch.diag_embed(diagonal.diagonal(dim1=1, dim2=2)), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name, first, second", [("adamw", 0.89, 0.7811), ("adam", 0.9, 0.8), ("sgd", 0.79, 0.4771)])
 def test_other_optimizers(name, first, second):
     """Two steps of a parameter that starts at 1, with gradient 2 and weight decay 0.1. Adam's steps have length lr."""
     model = torch.nn.Linear(1, 1, bias=False)
