@@ -37,9 +37,9 @@ from sides import PEERS
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from perceiver.errors import UserError, run_script  # noqa: E402
+from perceiver.errors import UserError, reason, run_script  # noqa: E402
 
-FOLDERS = {"krasserm": "/tmp/peer-krasserm", "lucidrains": "/tmp/peer-lucidrains"}  # of packages outside the environment
+FOLDERS = {"krasserm": "/tmp/peer-krasserm", "lucidrains": "/tmp/peer-lucidrains"}  # of packages
 RECIPES = ("clm", "mlm", "copy_4k", "music", "digits", "flow", "autoencode")  # with data that need no download
 
 
@@ -209,6 +209,11 @@ def check_arguments(args) -> list[tuple[str, str]]:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {args.device} is not available") from None
+    if args.out:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {args.out} is no folder: {reason(error)}") from None
     rows = args.rows or [*ROWS, "loader"]
     peers = args.peers or [peer for peer in PEERS if peer != "ours"]
     for peer in list(peers):
@@ -255,7 +260,6 @@ def main() -> None:
             print("\n".join(lines if len(results) == 1 else lines[-1:]), flush=True)
         print(f"{row} {peer}: {time.perf_counter() - start:.0f} s in all", file=sys.stderr)
         if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
             parts = [title, *([table(results)] if results else []), *([loader_table(loaders)] if loaders else [])]
             (args.out / "compare.md").write_text("\n\n".join(parts) + "\n")
             (args.out / "compare.json").write_text(

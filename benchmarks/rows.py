@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 TOKENS = 16  # timed tokens of a decoding row
-PREFIX = {512: 256, 3500: 3072}  # decoding: tokens of the prompt, and how many of them are the prefix; the rest are latents
+PREFIX = {512: 256, 3500: 3072}  # decoding: tokens of the prompt, and how many of them are not latents
 
 
 @dataclass

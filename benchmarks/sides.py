@@ -25,7 +25,7 @@ class Side:
     same = True  # whether it computes the same as our side if the weights are the same
 
     def rename(self, key: str) -> str:
-        """The name of a weight in published files of this peer, which perceiver/pretrained.py reads; "" to ignore it."""
+        """The name of a weight as perceiver/pretrained.py can read it; "" if our model has no such weight."""
         return key
 
     @classmethod
@@ -68,7 +68,8 @@ class Ours(Side):
         from perceiver.tasks import TASKS
 
         file = Path(perceiver.__file__).parents[1] / f"configs/{name}.yaml"
-        model = load_config(file, ["model.encoder.activation=gelu", "model.decoder.activation=gelu"], TASKS).model.build()
+        overrides = ["model.encoder.activation=gelu", "model.decoder.activation=gelu"]
+        model = load_config(file, overrides, TASKS).model.build()
         return model, model
 
     def mlm(self):
@@ -94,7 +95,7 @@ class Ours(Side):
 
 
 class Transformers(Side):
-    """Hugging Face transformers. Attention dropout is 0 by our choice; the other values are those of DeepMind's models."""
+    """Hugging Face transformers, with the options of DeepMind's models but no attention dropout, like our side."""
 
     package = "transformers"
 
@@ -118,20 +119,14 @@ class Transformers(Side):
         return model, lambda images: model(inputs=images).logits
 
     def flow(self):
-        """The port wants patches of 3 x 3 pixels as inputs. We cut them once, outside the time."""
+        """The inputs are patches of 3 x 3 pixels. We cut them in the first call, outside the time."""
         from transformers import PerceiverForOpticalFlow
 
         model = PerceiverForOpticalFlow(self.config(
             num_latents=2048, d_latents=512, d_model=322, num_self_attends_per_block=24, num_self_attention_heads=16,
             num_cross_attention_heads=1, train_size=[368, 496]))
-        patches = {}
-
-        def flow(frames):
-            if id(frames) not in patches:
-                patches[id(frames)] = cut_patches(frames)
-            return 20 * model(patches[id(frames)]).logits
-
-        return model, flow
+        port = flow_of_patches(lambda patches: model(patches).logits)
+        return model, port
 
     def video(self):
         from transformers import PerceiverForMultimodalAutoencoding
@@ -156,9 +151,22 @@ def cut_patches(frames: Tensor) -> Tensor:
     return torch.cat([padded[..., i : i + height, j : j + width] for i, j in places], dim=2)
 
 
+def flow_of_patches(model):
+    """A function of frames for a model of their patches, which are cut in its first call. The flow is in pixels."""
+    patches = None
+
+    def flow(frames):
+        nonlocal patches
+        if patches is None:
+            patches = cut_patches(frames)
+        return 20 * model(patches)
+
+    return flow
+
+
 class Krasserm(Side):
-    """krasserm/perceiver-io. Its Hugging Face wrappers have no `generate` in transformers 5, so `decode` is the shortest
-    loop around the core model. Its cache slides, which is an approximation; the timed tokens do not reach its end.
+    """krasserm/perceiver-io. Its Hugging Face wrappers have no `generate` in transformers 5, so `decode` is the
+    shortest loop around the core model. Its cache slides once it is full; in the timed tokens it is not.
     """
 
     package = "perceiver"
@@ -185,30 +193,81 @@ class Krasserm(Side):
 
         return model, start
 
-    def mnist(self):
-        skip_init("perceiver.model.vision.image_classifier")
-        from perceiver.model.vision.image_classifier.backend import (
-            ClassificationDecoderConfig, ImageClassifier, ImageClassifierConfig, ImageEncoderConfig)
+    def mlm(self):
+        skip_init("perceiver.model.text.mlm")
+        from perceiver.model.text.common import TextEncoderConfig
+        from perceiver.model.text.mlm.backend import MaskedLanguageModel, MaskedLanguageModelConfig, TextDecoderConfig
 
-        encoder = ImageEncoderConfig(
-            image_shape=(28, 28, 1), num_frequency_bands=32, num_cross_attention_layers=2, num_cross_attention_heads=1,
-            num_self_attention_blocks=3, num_self_attention_layers_per_block=3, first_self_attention_block_shared=False,
-            num_self_attention_heads=8, dropout=0.1, init_scale=0.1)
-        decoder = ClassificationDecoderConfig(
-            num_classes=10, num_output_query_channels=128, num_cross_attention_heads=1, dropout=0.1, init_scale=0.1)
-        model = ImageClassifier(ImageClassifierConfig(encoder, decoder, num_latents=32, num_latent_channels=128))
+        text = dict(vocab_size=262, max_seq_len=2048)
+        encoder = TextEncoderConfig(
+            **text, num_input_channels=768, num_cross_attention_qk_channels=256, num_cross_attention_v_channels=1280,
+            num_self_attention_qk_channels=256, num_self_attention_v_channels=1280,
+            num_self_attention_layers_per_block=26)
+        decoder = TextDecoderConfig(
+            **text, num_cross_attention_qk_channels=256, num_cross_attention_v_channels=768,
+            cross_attention_residual=False)
+        config = MaskedLanguageModelConfig(encoder, decoder, num_latents=256, num_latent_channels=1280)
+        model = MaskedLanguageModel(config)
+        return model, model
+
+    def imagenet(self):
+        return self.image_classifier(
+            encoder=dict(image_shape=(224, 224, 3), num_frequency_bands=64, num_self_attention_layers_per_block=6,
+                         num_self_attention_blocks=8),
+            decoder=dict(num_classes=1000, num_output_query_channels=1024), num_latents=512, num_latent_channels=1024)
+
+    def mnist(self):
+        return self.image_classifier(
+            encoder=dict(image_shape=(28, 28, 1), num_frequency_bands=32, num_cross_attention_layers=2,
+                         num_self_attention_blocks=3, num_self_attention_layers_per_block=3,
+                         first_self_attention_block_shared=False, dropout=0.1),
+            decoder=dict(num_classes=10, num_output_query_channels=128, dropout=0.1),
+            num_latents=32, num_latent_channels=128)
+
+    def image_classifier(self, encoder: dict, decoder: dict, **latents):
+        skip_init("perceiver.model.vision.image_classifier")
+        from perceiver.model.vision.image_classifier import backend
+
+        encoder = backend.ImageEncoderConfig(num_cross_attention_heads=1, **encoder)
+        decoder = backend.ClassificationDecoderConfig(num_cross_attention_heads=1, **decoder)
+        model = backend.ImageClassifier(backend.ImageClassifierConfig(encoder, decoder, **latents))
         return model, lambda images: model(images.movedim(1, -1))
 
-    KEYS = {"0.latent_provider._query": "encoder.latents.weight", "0.cross_attn_1.": "encoder.cross_attention.0.",
-            "0.cross_attn_n.": "encoder.cross_attention.1.", "0.self_attn_1.": "encoder.self_attention.0.",
-            "0.self_attn_n.": "encoder.self_attention.1.", "1.cross_attn.": "decoder.cross_attention.",
-            "0.input_adapter.position_encoding.position_encoding": "",  # Fourier features: our model computes them
-            "1.output_query_provider._query": "query_provider.table.weight", "1.output_adapter.": "output_adapter."}
+    def flow(self):
+        """Its inputs are patches, as in transformers."""
+        skip_init("perceiver.model.vision.optical_flow")
+        from perceiver.model.vision.optical_flow import backend
+
+        encoder = backend.OpticalFlowEncoderConfig(
+            num_cross_attention_heads=1, num_self_attention_heads=16, num_self_attention_layers_per_block=24)
+        decoder = backend.OpticalFlowDecoderConfig(
+            num_cross_attention_qk_channels=512, num_cross_attention_v_channels=512, num_cross_attention_heads=1,
+            cross_attention_residual=False)
+        config = backend.OpticalFlowConfig(encoder, decoder, num_latents=2048, num_latent_channels=512)
+        model = backend.OpticalFlow(config)
+        return model, flow_of_patches(model)
+
+    # The start of a name, and its replacement. The first match counts.
+    KEYS = {
+        "0.input_adapter.position_encoding.": None,  # Fourier features: our model computes them
+        "0.input_adapter.txt_embedding.": "input_adapter.features.",
+        "0.input_adapter.pos_embedding.": "input_adapter.positions.table.",
+        "0.input_adapter.linear.": "input_adapter.features.linear.",
+        "0.latent_provider._query": "encoder.latents.weight",
+        "0.cross_attn_1.": "encoder.cross_attention.0.",
+        "0.cross_attn_n.": "encoder.cross_attention.1.",
+        "0.self_attn_1.": "encoder.self_attention.0.",
+        "0.self_attn_n.": "encoder.self_attention.1.",
+        "1.cross_attn.": "decoder.cross_attention.",
+        "1.output_query_provider._query": "query_provider.table.weight",
+        "1.output_adapter.bias": "embedding_decoder.bias",
+        "1.output_adapter.": "output_adapter.",
+    }
 
     def rename(self, key):
         for theirs, ours in self.KEYS.items():
             if key.startswith(theirs):
-                return ours + key.removeprefix(theirs)
+                return ours + key.removeprefix(theirs) if ours else ""
         return key
 
 
