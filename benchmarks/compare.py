@@ -46,10 +46,9 @@ RECIPES = ("clm", "mlm", "copy_4k", "music", "digits", "flow", "autoencode")  # 
 class Process:
     """The worker process of a side. `process("unit")` makes it do one unit of its row."""
 
-    def __init__(self, name: str, folder: Path, args, **env):
+    def __init__(self, name: str, folder: Path, device: str, precision: str, **env):
         self.name = name
-        command = [sys.executable, Path(__file__).with_name("worker.py"), name, args.device]
-        command.append(args.precision)
+        command = [sys.executable, Path(__file__).with_name("worker.py"), name, device, precision]
         env = os.environ | {"PYTHONPATH": str(folder), **env}
         self.process = subprocess.Popen(command, text=True, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
@@ -64,70 +63,60 @@ class Process:
         return self
 
     def __exit__(self, *_):
-        self.process.stdin.close()
+        self.process.stdin.close()  # the worker reads to the end, and stops
         self.process.wait()
 
 
 def compare(name: str, peer: str, args) -> dict:
     """Measures a row beside a peer. The result has plain numbers, ours first; `table` turns them into text."""
     row = ROWS[name]
-    places = [("ours", ROOT), (peer, peer_folder(peer, args))]
-    result = {"row": name, "peer": peer, "pairs": [], "floors": []}
+    folders = {"ours": ROOT, "peer": peer_folder(peer, args)}
 
-    def start(side, **env):
-        process = Process(*places[side], args, **env)
-        return process, process("build", row=name)
+    def start(side: str, precision=args.precision, **env) -> Process:
+        process = Process("ours" if side == "ours" else peer, folders[side], args.device, precision, **env)
+        process.built = process("build", row=name)
+        return process
 
-    def units(i, unit):
-        """unit(0) and unit(1); the sides take turns to be first."""
-        first = i % 2
-        values = {side: unit(side) for side in (first, 1 - first)}
-        return [values[0], values[1]]
-
-    if row.kind == "start":
-        result["pairs"] = [units(i, lambda side: start_up(lambda: start(side))) for i in range(args.rounds)]
-        processes = [start(side) for side in (0, 1)]
-    else:
-        processes = [start(side) for side in (0, 1)]
-        for process, _ in processes:
+    def seconds(side: str) -> float:
+        if row.kind != "start":
+            return processes[side]("unit")["seconds"]
+        begin = time.perf_counter()
+        with start(side) as process:
             process("unit")
-        for i in range(args.rounds):
-            result["pairs"].append(units(i, lambda side: processes[side][0]("unit")["seconds"]))
-            floor = processes[0][0]("floor")
-            result["floors"].append(floor["seconds"])
-            result |= {key: floor[key] for key in ("flops", "flops_per_second") if key in floor}
-    result["parameters"] = [built["parameters"] for _, built in processes]
-    result["bf16"] = processes[0][1]["bf16"]
-    for process, _ in processes:
-        process.__exit__()
+            return time.perf_counter() - begin
+
+    with start("ours") as ours, start("peer") as theirs:
+        processes = {"ours": ours, "peer": theirs}
+        parameters = [process.built["parameters"] for process in (ours, theirs)]
+        result = {"row": name, "peer": peer, "parameters": parameters, "bf16": ours.built["bf16"]}
+        result |= {"pairs": [], "floors": []}
+        for i in range(args.rounds + 1):
+            order = ("ours", "peer") if i % 2 else ("peer", "ours")  # the sides take turns to be first
+            times = {side: seconds(side) for side in order}
+            if i == 0:  # a first unit takes longer
+                continue
+            result["pairs"].append([times["ours"], times["peer"]])
+            if row.kind != "start":
+                floor = ours("floor")
+                result["floors"].append(floor.pop("seconds"))
+                result |= floor
     if row.kind == "start":
         return result
 
     # glibc unmaps a freed array only above a size, which it raises with each free. With a fixed size, the resident
     # memory is the live memory. This slows the work, so the processes that measure time do without.
     result["memory"] = []
-    for side in (0, 1):
-        process, _ = start(side, MALLOC_MMAP_THRESHOLD_=str(2**17))
-        with process:
+    for side in folders:
+        with start(side, MALLOC_MMAP_THRESHOLD_=str(2**17)) as process:
             result["memory"].append(process("memory")["bytes"])
     if PEERS[peer].same:
         with tempfile.TemporaryDirectory() as folder:
-            for side, do in ((1, "save"), (0, "check")):
-                process = Process(*places[side], argparse.Namespace(device=args.device, precision="float32"))
-                with process:
-                    process("build", row=name)
-                    result |= process(do, file=f"{folder}/outputs.pt")
+            file = f"{folder}/outputs.pt"
+            with start("peer", precision="float32") as process:
+                process("save", file=file)
+            with start("ours", precision="float32") as process:
+                result |= process("check", file=file)
     return result
-
-
-def start_up(start) -> float:
-    """Seconds from the start of a process to the end of its first training step."""
-    begin = time.perf_counter()
-    process, _ = start()
-    process("unit")
-    seconds = time.perf_counter() - begin
-    process.__exit__()
-    return seconds
 
 
 def table(results: list[dict]) -> str:
@@ -141,18 +130,18 @@ def table(results: list[dict]) -> str:
         cells = [ROWS[result["row"]].work + (", ours in bf16" if result["bf16"] else ""), result["peer"],
                  " and ".join(counts), duration(median(ours)), duration(median(theirs)),
                  f"{middle:.2f} ({low:.2f} .. {high:.2f})"]
-        cells += ["", "", ""]
+        memory = floor = difference = ""
         if "memory" in result:
             a, b = result["memory"]
-            cells[-3:] = [f"{a / 2**20:,.0f} MiB", f"{b / 2**20:,.0f} MiB", f"{a / b:.2f}" if b > 0 else ""]
-        cells += ["", ""]
+            memory = [f"{a / 2**20:,.0f} MiB", f"{b / 2**20:,.0f} MiB", f"{a / b:.2f}" if b else ""]
         if result["floors"]:
             above = median(a / floor for a, floor in zip(ours, result["floors"]))
-            cells[-2:] = [duration(median(result["floors"])), f"{above:.2f}"]
+            floor = [duration(median(result["floors"])), f"{above:.2f}"]
         if "difference" in result:
-            cells.append(f"{result['difference']:.0e} (std {result['scale']:.1f})")
-        else:
-            cells.append("" if PEERS[result["peer"]].same else "not the same computation")
+            difference = f"{result['difference']:.0e} (std {result['scale']:.1f})"
+        elif not PEERS[result["peer"]].same:
+            difference = "not the same computation"
+        cells += [*(memory or 3 * [""]), *(floor or 2 * [""]), difference]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -251,7 +240,7 @@ def main() -> None:
     for row, peer in work:
         start = time.perf_counter()
         if row == "loader":
-            with Process("ours", ROOT, args) as process:
+            with Process("ours", ROOT, args.device, args.precision) as process:
                 loaders = [process("loader", config=name) | {"recipe": name} for name in RECIPES]
             print(loader_table(loaders), flush=True)
         else:

@@ -1,5 +1,4 @@
 """benchmarks/compare.py: the models of our side, wrong arguments, the tables. No peer is needed."""
-import argparse
 import sys
 
 import pytest
@@ -50,8 +49,7 @@ def test_our_side_decodes_and_trains():
 
 def test_a_process_measures_memory():
     """In a new process, so no freed memory is left that the work could use. Decoding needs at least its caches."""
-    args = argparse.Namespace(device="cpu", precision="auto")
-    with compare.Process("ours", ROOT, args, MALLOC_MMAP_THRESHOLD_=str(2**17)) as process:
+    with compare.Process("ours", ROOT, "cpu", "auto", MALLOC_MMAP_THRESHOLD_=str(2**17)) as process:
         assert process("build", row="decode-512")["parameters"] == 30_563_078
         memory = process("memory")["bytes"]
     caches = 4 * 2 * 512 * (4096 + 8 * 512)
@@ -60,7 +58,7 @@ def test_a_process_measures_memory():
 
 @pytest.mark.parametrize("prompt", PREFIX)
 def test_both_sides_decode_with_the_same_prefix(prompt):
-    """Our decoder moves its first latent by itself; krasserm's gets the prefix. It does not move in the timed tokens."""
+    """Our decoder moves its first latent by itself; krasserm's gets the prefix. Neither moves in the timed tokens."""
     for length in (prompt + 1, prompt + 2 + TOKENS):
         assert window_bounds(length, 4096, 512, 256) == (0, PREFIX[prompt])
 
