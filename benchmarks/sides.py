@@ -258,6 +258,8 @@ class Krasserm(Side):
         "0.cross_attn_n.": "encoder.cross_attention.1.",
         "0.self_attn_1.": "encoder.self_attention.0.",
         "0.self_attn_n.": "encoder.self_attention.1.",
+        "1.cross_attn.0.module.": "decoder.cross_attention.",
+        "1.cross_attn.0.": "decoder.cross_attention.",  # without a residual
         "1.cross_attn.": "decoder.cross_attention.",
         "1.output_query_provider._query": "query_provider.table.weight",
         "1.output_adapter.bias": "embedding_decoder.bias",
