@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 from perceiver.errors import UserError, reason, run_script  # noqa: E402
 
 FOLDERS = {"krasserm": "/tmp/peer-krasserm", "lucidrains": "/tmp/peer-lucidrains"}  # of packages
-RECIPES = ("clm", "mlm", "copy_4k", "music", "digits", "flow", "autoencode")  # with data that need no download
+RECIPES = ("clm", "mlm", "copy_4k", "music", "flow", "autoencode")  # with data that need no download
 
 
 class Process:
