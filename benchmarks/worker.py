@@ -28,7 +28,7 @@ class Worker:
             from perceiver.distributed import uses_bf16
             self.bf16 = uses_bf16("auto", self.device)
 
-    def build(self, row: str, train: bool = True) -> dict:
+    def build(self, row: str) -> dict:
         """Builds the model and the inputs of a row. All other methods need it."""
         self.row = ROWS[row]
         torch.manual_seed(0)
@@ -39,6 +39,7 @@ class Worker:
         self.inputs = make_inputs(self.row, self.device)
         self.optimizer = None
         self.drop_gradients = True
+        self.bf16 = self.bf16 and self.row.kind != "decode"  # generate.py has an option of its own
         return {"parameters": sum(p.numel() for p in self.model.parameters()), "bf16": self.bf16}
 
     def logits(self):
