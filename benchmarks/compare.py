@@ -1,220 +1,165 @@
-"""Compares the speed of this project with another implementation that does the same work.
+"""Compares the speed and the memory of this project with all others that do the same work, in one table.
 
-    python benchmarks/compare.py [--rows train-step decode ...] [--rounds 15] [--peer krasserm] [--peer-dir DIR]
+    python benchmarks/compare.py [--rows ar-train ...] [--peers krasserm ...] [--rounds 15] [--out FOLDER]
 
-The two sides are this project ("ours") and the other implementation (the "peer"). Each side has its own process,
-because krasserm's package is called `perceiver` too. The sides take turns: each does one unit of work at a time, so
-other load on the machine slows both alike. Two neighboring units form a pair. The table gives the median of the ratios
-of all pairs, with quartiles. `--peer ours --peer-dir DIR` compares with another checkout of this project.
+The two sides of a comparison are this project ("ours") and another one (the "peer"). Each side has its own process. The
+sides take turns: each does one unit of work at a time, so other load on the machine slows both alike. Two neighboring
+units form a pair. The table has the median of each side's times, and the median of the ratios of all pairs, with
+quartiles.
 
-A row of the table is one kind of work. Its unit:
+The rows are in rows.py, the sides in sides.py; that is where new ones go. worker.py does the work. The row `loader` has
+a table of its own, without peers. benchmarks/requirements.txt says how to install the peers. Peers that are not
+installed are left out, unless --peers names them. `--peers ours --peer-dir DIR` compares with another checkout.
 
-    train-step        a training step on one example: forward, cross-entropy, backward, fused AdamW. Half of the prefix
-                      is dropped
-    fourier-forward   (--peer transformers) the ImageNet classifier with Fourier positions: forward on one image
-    fourier-train     (--peer transformers) the same model: a training step on one image, without dropout
-    decode            one greedy token after a prompt of 3500 tokens, of which the last 428 are latents. The time is a
-                      mean over 16 tokens, without the encoding of the prompt
-    decode-compiled   the same; our side uses --compile of generate.py
+A training step is forward, cross-entropy, backward and fused AdamW. Memory is measured in processes of its own: the
+peak during a unit, beyond parameters, gradients and optimizer state. `difference` is the largest difference between the
+outputs of both sides with the same random weights. The floor is the time of the matrix products alone, at the speed of
+large ones, measured in the same run; for decoding, the time to read all weights and cached keys and values once.
 
-In `decode`, our side runs `Decoder`, as generate.py does. Every 256 tokens it encodes the window again, to stay exact.
-krasserm's side runs the core model with its own `kv_cache` in the shortest loop: model, argmax. It slides its cache
-instead, which is an approximation. krasserm's Hugging Face wrapper would take longer, and has no `generate` in
-transformers 5. The floor of `decode` is the time to read all weights and all cached keys and values once. It is
-measured in the same run. decode.py measures more of decoding, without a peer.
-
-To add a row, add a name to ROWS and a branch to each side. To add a peer, write a function like `krasserm`.
+With --precision auto, our side computes as train.py does by default: in bf16 if the device is fast at it. Peers and
+the decoding rows stay in float32. --out writes compare.md and compare.json after each comparison.
 """
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import date
-from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 
 import torch
-import torch.nn.functional as F
+from rows import ROWS
+from sides import PEERS
 
-PROMPT, PREFIX, TOKENS = 3500, 3072, 16  # decode: tokens in the prompt, in the prefix, and timed
-DECODE = f"AR cached token: prompt {PROMPT} of T 4096, N 512, 512 channels, 8 layers, batch 1"
-ROWS = {  # name: description, number of parameters of both models
-    "train-step": ("AR training step: T 2048, N 512, 512 channels, 8 layers, batch 1, prefix dropout 0.5", 29_514_502),
-    "fourier-forward": ("Perceiver IO, ImageNet Fourier, 224x224, batch 1: forward", 48_440_627),
-    "fourier-train": ("Perceiver IO, ImageNet Fourier, 224x224, batch 1: training step", 48_440_627),
-    "decode": (DECODE, 30_563_078),
-    "decode-compiled": (f"{DECODE}, ours compiled", 30_563_078),
-}
-PEERS = {"krasserm": ("train-step", "decode", "decode-compiled"), "transformers": ("fourier-forward", "fourier-train"),
-         "ours": tuple(ROWS)}  # the rows that each peer has
-INSTALL = "pip install --no-deps --ignore-requires-python --target {} perceiver-io einops fairscale"
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from perceiver.errors import UserError, reason, run_script  # noqa: E402
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The work. Each side is a function: row -> (model, a function that does one unit and returns the seconds that it took)
+FOLDERS = {"krasserm": "/tmp/peer-krasserm", "lucidrains": "/tmp/peer-lucidrains"}  # of packages
+RECIPES = ("clm", "mlm", "copy_4k", "music", "flow", "autoencode")  # with data that need no download
 
 
-def ours(row: str, device: str):
-    from perceiver.model import PerceiverAR, PerceiverARConfig
+class Process:
+    """The worker process of a side. `process("unit")` makes it do one unit of its row."""
 
-    if row == "train-step":
-        config = PerceiverARConfig(vocab_size=262, max_seq_len=2048, cross_attention_dropout=0.5)
-        model = PerceiverAR(config).to(device)
-        return model, training(model, *next_bytes(model, device))
-    if row.startswith("fourier"):
-        from perceiver.config import load_config
-        from perceiver.tasks import TASKS
-        config = load_config(Path(__file__).parents[1] / "configs/imagenet_fourier.yaml", [], TASKS)
-        return image_row(row, config.model.build().to(device), lambda model, images: model(images))
+    def __init__(self, name: str, folder: Path, device: str, precision: str, **env):
+        self.name = name
+        command = [sys.executable, Path(__file__).with_name("worker.py"), name, device, precision]
+        env = os.environ | {"PYTHONPATH": str(folder), **env}
+        self.process = subprocess.Popen(command, text=True, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    try:
-        from perceiver.decoding import Decoder
-    except ImportError:  # the Decoder of older checkouts needs the number of new tokens
-        from perceiver.sampling import Decoder as OldDecoder
-        Decoder = partial(OldDecoder, max_new_tokens=TOKENS + 1)
-    model = PerceiverAR(PerceiverARConfig(vocab_size=262)).to(device).eval()
-    options = {"compile": True} if row == "decode-compiled" else {}  # older checkouts do not have this option
-
-    def unit():
-        decoder = Decoder(model, [prompt().tolist()], **options)
-
-        def step():
-            decoder.append(step.logits.argmax(-1))
-            step.logits = decoder.logits()
-
-        step.logits = decoder.logits()
-        step()
-        assert decoder.cached == [(0, PREFIX)]
-        return timed(step, device, TOKENS)
-
-    return model, unit
-
-
-def krasserm(row: str, device: str):
-    from perceiver.model.core import CausalSequenceModel, CausalSequenceModelConfig
-
-    if row == "train-step":
-        model = CausalSequenceModel(CausalSequenceModelConfig(max_seq_len=2048, cross_attention_dropout=0.5)).to(device)
-        return model, training(model, *next_bytes(lambda x: model(x, prefix_len=x.shape[1] - 512).logits, device))
-
-    model = CausalSequenceModel(CausalSequenceModelConfig()).to(device).eval()
-
-    @torch.inference_mode()
-    def unit():
-        def step():
-            token = step.out.logits[:, -1:].argmax(-1)
-            step.out = model(token, prefix_len=PREFIX, kv_cache=step.out.kv_cache)
-
-        step.out = model(prompt()[None].to(device), prefix_len=PREFIX, kv_cache=[])
-        step()
-        return timed(step, device, TOKENS)
-
-    return model, unit
-
-
-def transformers(row: str, device: str):
-    from transformers import PerceiverConfig, PerceiverForImageClassificationFourier
-
-    config = PerceiverConfig(num_latents=512, d_latents=1024, d_model=261, num_blocks=8, num_self_attends_per_block=6,
-                             num_self_attention_heads=8, num_cross_attention_heads=1, num_labels=1000,
-                             attention_probs_dropout_prob=0.0)
-    model = PerceiverForImageClassificationFourier(config).to(device)
-    return image_row(row, model, lambda model, images: model(inputs=images).logits)
-
-
-def image_row(row: str, model, logits):
-    """The result of a side for a row with an image classifier. `logits` is a function of the model and the images."""
-    device = next(model.parameters()).device
-    images, label = torch.randn(1, 3, 224, 224, device=device), torch.zeros(1, dtype=torch.long, device=device)
-    if row == "fourier-train":
-        return model, training(model, lambda: logits(model, images), label)
-    model.eval()
-
-    @torch.inference_mode()
-    def unit():
-        return timed(lambda: logits(model, images), device)
-
-    return model, unit
-
-
-def next_bytes(logits, device):
-    """Arguments of `training` for a model of bytes: a function that returns the logits (512, V) of the last 512 of 2048
-    positions, and their labels (512,)."""
-    tokens = torch.randint(262, (1, 2049), device=device)
-    return lambda: logits(tokens[:, :-1])[0], tokens[0, -512:]
-
-
-def prompt(length: int = PROMPT) -> torch.Tensor:
-    return torch.randint(262, (length,), generator=torch.Generator().manual_seed(0))
-
-
-def training(model, logits, labels):
-    """A function that does a training step and returns its seconds. `logits` is a function that runs the model."""
-    device = labels.device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-    def step():
-        optimizer.zero_grad()
-        F.cross_entropy(logits(), labels).backward()
-        optimizer.step()
-
-    return lambda: timed(step, device)
-
-
-def timed(step, device, times: int = 1) -> float:
-    """Seconds of one call of `step`: the mean over `times` calls."""
-    sync = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    sync()
-    start = time.perf_counter()
-    for _ in range(times):
-        step()
-    sync()
-    return (time.perf_counter() - start) / times
-
-
-def worker(side: str, device: str) -> None:
-    """Reads names of rows from stdin. For each, does one unit, and prints JSON: its seconds, the model's parameters."""
-    replies, sys.stdout = sys.stdout, sys.stderr
-    row = None
-    for line in sys.stdin:
-        if line.strip() != row:
-            row = line.strip()
-            torch.manual_seed(0)
-            model, unit = globals()[side](row, device)
-        reply = {"seconds": unit(), "parameters": sum(p.numel() for p in model.parameters())}
-        print(json.dumps(reply), file=replies, flush=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The comparison
-
-
-class Side:
-    """The worker process of a side. A call makes it do one unit of a row."""
-
-    def __init__(self, name: str, package_dir: Path, args):
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", name, "--device", args.device], text=True,
-            env=os.environ | {"PYTHONPATH": str(package_dir)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    def __call__(self, row: str) -> dict:
-        print(row, file=self.process.stdin, flush=True)
+    def __call__(self, do: str, **arguments) -> dict:
+        print(json.dumps({"do": do, **arguments}), file=self.process.stdin, flush=True)
         line = self.process.stdout.readline()
-        return json.loads(line) if line else sys.exit(f"{self.process.args} ended; its error is above")
+        if not line:
+            raise UserError(f"the process of {self.name} ended in {do}; its error is above")
+        return json.loads(line)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()  # the worker reads to the end, and stops
+        self.process.wait()
 
 
-def decode_bytes(num_parameters: int, batch_size: int = 1, weight_bytes: int = 4, cache_bytes: int = 4) -> int:
-    """Bytes that a decoding step reads: the parameters, with one row of the position table, and all keys and values."""
-    keys = PROMPT + TOKENS // 2 + 8 * (PROMPT + TOKENS // 2 - PREFIX)
-    return weight_bytes * (num_parameters - (4096 - 1) * 512) + cache_bytes * batch_size * 2 * 512 * keys
+def compare(name: str, peer: str, args) -> dict:
+    """Measures a row beside a peer. The result has plain numbers, ours first; `table` turns them into text."""
+    row = ROWS[name]
+    folders = {"ours": ROOT, "peer": peer_folder(peer, args)}
+
+    def start(side: str, precision=args.precision, **env) -> Process:
+        process = Process("ours" if side == "ours" else peer, folders[side], args.device, precision, **env)
+        process.built = process("build", row=name)
+        return process
+
+    def seconds(side: str) -> float:
+        if row.kind != "start":
+            return processes[side]("unit")["seconds"]
+        begin = time.perf_counter()
+        with start(side) as process:
+            process("unit")
+            return time.perf_counter() - begin
+
+    with start("ours") as ours, start("peer") as theirs:
+        processes = {"ours": ours, "peer": theirs}
+        parameters = [process.built["parameters"] for process in (ours, theirs)]
+        result = {"row": name, "peer": peer, "parameters": parameters, "bf16": ours.built["bf16"]}
+        result |= {"pairs": [], "floors": []}
+        for i in range(args.rounds + 1):
+            order = ("ours", "peer") if i % 2 else ("peer", "ours")  # the sides take turns to be first
+            times = {side: seconds(side) for side in order}
+            if i == 0:  # a first unit takes longer
+                continue
+            result["pairs"].append([times["ours"], times["peer"]])
+            if row.kind != "start":
+                floor = ours("floor")
+                result["floors"].append(floor.pop("seconds"))
+                result |= floor
+    if row.kind == "start":
+        return result
+
+    # glibc unmaps a freed array only above a size, which it raises with each free. With a fixed size, the resident
+    # memory is the live memory. This slows the work, so the processes that measure time do without.
+    result["memory"] = []
+    for side in folders:
+        with start(side, MALLOC_MMAP_THRESHOLD_=str(2**17)) as process:
+            result["memory"].append(process("memory")["bytes"])
+    if PEERS[peer].same:
+        with tempfile.TemporaryDirectory() as folder:
+            file = f"{folder}/outputs.pt"
+            with start("peer", precision="float32") as process:
+                process("save", file=file)
+            with start("ours", precision="float32") as process:
+                result |= process("check", file=file)
+    return result
 
 
-def reading_time(num_bytes: int, device: str) -> float:
-    """Seconds to read `num_bytes` of memory once: the best of five passes."""
-    memory = torch.ones(num_bytes // 4096, 1024, device=device)  # float32
-    return min(timed(lambda: memory.sum(1), device) for _ in range(5))
+def table(results: list[dict]) -> str:
+    """The results of `compare` as a Markdown table."""
+    lines = ["| work | peer | parameters | ours | peer | peer / ours (quartiles) | memory: ours | peer | ours / peer | "
+             "floor | ours / floor | difference |", "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+    for result in results:
+        ours, theirs = zip(*result["pairs"])
+        low, middle, high = quartiles([b / a for a, b in result["pairs"]])
+        counts = [f"{count:,}" for count in dict.fromkeys(result["parameters"])]
+        cells = [ROWS[result["row"]].work + (", ours in bf16" if result["bf16"] else ""), result["peer"],
+                 " and ".join(counts), duration(median(ours)), duration(median(theirs)),
+                 f"{middle:.2f} ({low:.2f} .. {high:.2f})"]
+        memory = floor = difference = ""
+        if "memory" in result:
+            a, b = result["memory"]
+            memory = [f"{a / 2**20:,.0f} MiB", f"{b / 2**20:,.0f} MiB", f"{a / b:.2f}" if b else ""]
+        if result["floors"]:
+            above = median(a / floor for a, floor in zip(ours, result["floors"]))
+            floor = [duration(median(result["floors"])), f"{above:.2f}"]
+        if "difference" in result:
+            difference = f"{result['difference']:.0e} (std {result['scale']:.1f})"
+        elif not PEERS[result["peer"]].same:
+            difference = "not the same computation"
+        cells += [*(memory or 3 * [""]), *(floor or 2 * [""]), difference]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def loader_table(results: list[dict]) -> str:
+    lines = ["| recipe | loader, examples/s | training step, examples/s | loader / step |", "|---|---|---|---|"]
+    for result in results:
+        ratio = result["loader"] / result["step"]
+        lines.append(f"| {result['recipe']} | {result['loader']:,.0f} | {result['step']:,.0f} | {ratio:.1f} |")
+    return "\n".join(lines)
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return quantiles(values, n=4) if len(values) > 1 else 3 * values
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.{0 if seconds > 0.1 else 2}f} ms"
 
 
 def machine(device: str) -> str:
@@ -224,48 +169,95 @@ def machine(device: str) -> str:
     return f"{names[0]}, {len(names)} cores, {torch.get_num_threads()} threads"
 
 
+def peer_folder(peer: str, args) -> Path:
+    """The folder that holds the peer's package. Raises UserError if it is not there."""
+    package = PEERS[peer].package
+    if peer == "transformers":
+        if importlib.util.find_spec(package) is None:
+            raise UserError("peer transformers is not installed; see benchmarks/requirements.txt")
+        return ROOT / "benchmarks"  # any folder without a package `perceiver`
+    folder = args.peer_dir or Path(FOLDERS.get(peer, ""))
+    if peer == "ours" and args.peer_dir is None:
+        raise UserError("--peers ours needs --peer-dir, another checkout of this project")
+    if not (folder / package).is_dir():
+        raise UserError(f"{folder} holds no package {package}; see benchmarks/requirements.txt")
+    return folder.resolve()
+
+
+def check_arguments(args) -> list[tuple[str, str]]:
+    """The comparisons to do: (row, peer). Raises UserError for wrong arguments."""
+    for option, names, known in (("--rows", args.rows, [*ROWS, "loader"]), ("--peers", args.peers, PEERS)):
+        for name in names or ():
+            if name not in known:
+                raise UserError(f"{option} {name}: choose from {', '.join(known)}")
+    if args.rounds < 1:
+        raise UserError(f"--rounds {args.rounds} must be at least 1")
+    if args.peer_dir and (not args.peers or len(args.peers) > 1):
+        raise UserError("--peer-dir needs --peers with exactly one peer")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {args.device} is not available") from None
+    if args.out:
+        try:
+            args.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {args.out} is no folder: {reason(error)}") from None
+    rows = args.rows or [*ROWS, "loader"]
+    peers = args.peers or [peer for peer in PEERS if peer != "ours"]
+    for peer in list(peers):
+        try:
+            peer_folder(peer, args)
+        except UserError as error:
+            if args.peers:
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+            peers.remove(peer)
+    work = [(row, peer) for row in rows for peer in peers if row != "loader" and PEERS[peer].has(ROWS[row])]
+    if not work and "loader" not in rows:
+        raise UserError(f"none of the peers has the rows {', '.join(rows)}: {', '.join(peers) or 'no peer'}")
+    return work + [("loader", "")] * ("loader" in rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, help="default: all rows that the peer has")
-    parser.add_argument("--rounds", type=int, default=15, help="number of timed pairs per row")
-    parser.add_argument("--peer", choices=PEERS, default="krasserm")
-    parser.add_argument("--peer-dir", type=Path, default=Path("/tmp/peer-krasserm"), help="holds the peer's package")
+    parser.error = lambda message: run_script(lambda: raise_error(message))
+    parser.add_argument("--rows", nargs="+", help=f"default: all of {' '.join(ROWS)} loader")
+    parser.add_argument("--peers", nargs="+", help=f"default: all of {' '.join(PEERS)} but ours")
+    parser.add_argument("--rounds", type=int, default=15, help="number of timed pairs per comparison")
+    parser.add_argument("--precision", choices=("float32", "auto"), default="float32", help="of our side")
+    parser.add_argument("--peer-dir", type=Path, help="folder of the peer's package, if not in /tmp/peer-NAME")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="folder for compare.md and compare.json")
     args = parser.parse_args()
-    if args.worker:
-        return worker(args.worker, args.device)
-    args.rows = args.rows or PEERS[args.peer]
-    if args.peer == "transformers":
-        args.peer_dir = Path(__file__).parent  # any folder without a package `perceiver`
-    elif not (args.peer_dir / "perceiver").is_dir():
-        print(f"{args.peer_dir} holds no package `perceiver`: {INSTALL.format(args.peer_dir)}", file=sys.stderr)
-        sys.exit(2)
+    work = check_arguments(args)
+    head = {"date": str(date.today()), "machine": machine(args.device), "torch": torch.__version__,
+            "precision": args.precision, "rounds": args.rounds, "command": " ".join(sys.argv)}
+    title = (f"{head['date']}, {head['machine']}, torch {head['torch']}, precision {args.precision}, {args.rounds} "
+             f"pairs: `python {head['command']}`")
+    results, loaders = [], []
+    print(title)
+    for row, peer in work:
+        start = time.perf_counter()
+        if row == "loader":
+            with Process("ours", ROOT, args.device, args.precision) as process:
+                loaders = [process("loader", config=name) | {"recipe": name} for name in RECIPES]
+            print(loader_table(loaders), flush=True)
+        else:
+            results.append(compare(row, peer, args))
+            lines = table(results[-1:]).splitlines()
+            print("\n".join(lines if len(results) == 1 else lines[-1:]), flush=True)
+        print(f"{row} {peer}: {time.perf_counter() - start:.0f} s in all", file=sys.stderr)
+        if args.out:
+            parts = [title, *([table(results)] if results else []), *([loader_table(loaders)] if loaders else [])]
+            (args.out / "compare.md").write_text("\n\n".join(parts) + "\n")
+            (args.out / "compare.json").write_text(
+                json.dumps(head | {"results": results, "loader": loaders}, indent=1) + "\n")
 
-    sides = [Side("ours", Path(__file__).parents[1], args), Side(args.peer, args.peer_dir.resolve(), args)]
-    print(f"{date.today()}, {machine(args.device)}, torch {torch.__version__}, float32, {args.rounds} pairs\n")
-    print(f"| work | parameters | ours | {args.peer} | {args.peer} / ours (quartiles) | floor | ours / floor |")
-    print("|---|---|---|---|---|---|---|")
-    for row in args.rows:
-        for _ in range(2):
-            counts = [side(row)["parameters"] for side in sides]
-        description, num_parameters = ROWS[row]
-        assert counts == [num_parameters] * 2, f"{row}: not the same model, {counts} parameters"
-        pairs, floors = [], []
-        for i in range(args.rounds):
-            order = sides if i % 2 else sides[::-1]  # the sides take turns to be first
-            pairs.append([side(row)["seconds"] for side in order][:: 1 if i % 2 else -1])
-            if row.startswith("decode"):
-                floors.append(reading_time(decode_bytes(num_parameters), args.device))
-        a, b = (f"{1e3 * median(times):.2f} ms" for times in zip(*pairs))
-        low, ratio, high = quantiles((peer / mine for mine, peer in pairs), n=4)
-        cells = "|"
-        if floors:
-            above_floor = median(pair[0] / floor for pair, floor in zip(pairs, floors))
-            cells = f"{1e3 * median(floors):.2f} ms | {above_floor:.2f}"
-        print(f"| {description} | {num_parameters:,} | {a} | {b} | {ratio:.2f} ({low:.2f} .. {high:.2f}) | {cells} |",
-              flush=True)
+
+def raise_error(message: str):
+    raise UserError(message)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

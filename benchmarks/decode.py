@@ -14,12 +14,15 @@ from datetime import date
 from statistics import median
 
 import torch
-from compare import PREFIX, PROMPT, decode_bytes, machine, prompt, reading_time, timed
+from compare import machine
+from rows import PREFIX, ROWS, make_inputs
+from worker import decode_bytes, reading_time, timed
 
 from perceiver.decoding import Decoder
 from perceiver.int8 import quantize
 from perceiver.model import PerceiverAR, PerceiverARConfig
 
+PROMPT = 3500  # tokens in a prompt, on average
 STRIDE = 256  # tokens between two re-encodings
 KINDS = [(1, "float32", False), (1, "float32", True), (8, "float32", False), (8, "float32", True),
          (1, "bfloat16", False), (1, "bfloat16", True), (1, "int8", True)]  # batch size, dtype of the weights, compiled
@@ -31,7 +34,8 @@ def decoder(model: PerceiverAR, batch_size: int, apart: int, compile: bool) -> D
     It has encoded the prompts and decoded one token with the cache, so compilation is done.
     """
     middle = apart * (batch_size - 1) // 2
-    prompts = [prompt(PROMPT - middle + row * apart).tolist() for row in range(batch_size)]
+    tokens = make_inputs(ROWS["decode-3500"], "cpu").repeat(2)
+    prompts = [tokens[: PROMPT - middle + row * apart].tolist() for row in range(batch_size)]
     result = Decoder(model, prompts, compile=compile)
     for _ in range(2):
         step(result)
@@ -40,6 +44,11 @@ def decoder(model: PerceiverAR, batch_size: int, apart: int, compile: bool) -> D
 
 def step(decoder: Decoder) -> None:
     decoder.append(decoder.logits().argmax(-1))
+
+
+def steps(decoder: Decoder, count: int, device: str) -> float:
+    """Seconds per token: the mean over `count` tokens."""
+    return timed(lambda: [step(decoder) for _ in range(count)], device) / count
 
 
 def table_row(name: str, batch_size: int, seconds: list[list[float]], num_bytes: int) -> None:
@@ -71,15 +80,16 @@ def main() -> None:
         cache_bytes = model.token_embedding.weight.element_size()
         weight_bytes = 1 if dtype == "int8" else cache_bytes
         sides = [decoder(model, batch_size, apart, compile) for apart in ((0, 8) if batch_size > 1 else (0,))]
-        num_bytes = decode_bytes(num_parameters, batch_size, weight_bytes, cache_bytes)
+        num_bytes = decode_bytes(num_parameters, PROMPT, batch_size, weight_bytes, cache_bytes)
 
         def measure(tokens: int, times: int) -> list[float]:
             return [reading_time(num_bytes, args.device),
-                    *(min(timed(lambda: step(side), args.device, tokens) for _ in range(times)) for side in sides)]
+                    *(min(steps(side, tokens, args.device) for _ in range(times)) for side in sides)]
 
         name = f"batch {batch_size}, {dtype}, {'compiled' if compile else 'eager'}"
         table_row(name, batch_size, [measure(1, 5) for _ in range(args.rounds)], num_bytes)
-        assert {first_latent for side in sides for _, first_latent in side.cached} == {PREFIX}, "too many rounds"
+        first_latents = {first_latent for side in sides for _, first_latent in side.cached}
+        assert first_latents == {PREFIX[PROMPT]}, "too many rounds"
         if batch_size > 1:
             table_row(f"{name}, stride", batch_size, [measure(STRIDE, 1) for _ in range(2)], num_bytes)
 

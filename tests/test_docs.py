@@ -61,7 +61,8 @@ def test_files_and_configs_in_the_pages_exist():
 
 
 def test_options_in_the_pages_exist():
-    options = run_script("generate.py", "--help").stdout + run_script("predict.py", "--help").stdout
+    scripts = ("generate.py", "predict.py", "benchmarks/compare.py")
+    options = "".join(run_script(script, "--help").stdout for script in scripts)
     for page in PAGES:
         for option in re.findall(r"`(--[\w-]+)", page.read_text()):
             assert option in options or option == "--nproc-per-node", f"{page.name}: {option}"
