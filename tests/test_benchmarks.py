@@ -21,10 +21,10 @@ def test_our_side_builds_the_stated_model(row):
 
 
 @pytest.mark.parametrize("row, expected", [
-    ("ar-train", 107e9), ("mlm-forward", 167e9), ("mlm-train", 500e9), ("imagenet-forward", 407e9),
+    ("ar-train", 107e9), ("mlm-forward", 121e9), ("mlm-train", 363e9), ("imagenet-forward", 407e9),
     ("imagenet-train", 1220e9), ("mnist-train", 40.5e9), ("flow-forward", 1897e9), ("video-forward", 307e9)])
 def test_flops_of_our_side(row, expected):
-    """The matrix products, backward pass included. `expected` is for attention that always projects keys and values."""
+    """Matrix products, with the backward pass, without padding. `expected` is for attention that always projects."""
     worker = Worker("ours", "meta", "float32")
     worker.build(row)
     assert expected / 3 < count_flops(worker) < 1.01 * expected
