@@ -184,7 +184,7 @@ def print_paper(lengths: list[int], overrides: list[str]) -> None:
             "parameters, gradients, Adam's two averages, GiB": f"{16 * parameters / GIB:.2f}",
             "activations of one window, float32, GiB": f"{float32 / GIB:.1f}",
             "activations of one window, bf16, GiB": f"{bf16 / GIB:.1f}",
-            "... per token, KiB": f"{bf16 / length / 1024:.1f}",
+            "the same per token, KiB": f"{bf16 / length / 1024:.1f}",
             "key/value cache of one sequence, float32, GiB": f"{cache_bytes(config) / GIB:.2f}",
             "training FLOPs of one window": f"{flops:.3e}",
             f"seconds at {rate:.3g} FLOP/s": f"{flops / rate:.3f}",
@@ -229,7 +229,8 @@ def main() -> None:
     lengths = args.lengths or [2**n for n in range(13, 21)]
     torch.set_num_threads(1)
     print(f"{date.today()}, {machine(DEVICE.type)}, torch {torch.__version__}, {' '.join(sys.argv)}\n")
-    print("| T | training step, ms | memory, MiB | prefill, ms | cached token, ms | memory, MiB |\n|---|---|---|---|---|---|")
+    print("| T | training step, ms | memory, MiB | prefill, ms | cached token, ms | memory of both, MiB |")
+    print("|---|---|---|---|---|---|")
     rows = []
     for length in lengths:
         trained, decoded = run("training", length, args), run("decoding", length, args)
