@@ -80,6 +80,8 @@ def train(config: Config, ranks: Ranks) -> int:
     batches = iter(train_loader(train_set, keys, config.data.num_workers))
     val_batches = eval_loader(val_set, keys.size, ranks, config.data.num_workers)
     bf16 = uses_bf16(options.precision, device)
+    if bf16:
+        say("matrix products in bf16; train.precision=float32 avoids that")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     # Training calls `train_model`. Evaluation and checkpoints use `model`, which has the same parameters.
     train_model = ranks.wrap(torch.compile(model) if options.compile else model)

@@ -342,17 +342,26 @@ class Attention(nn.Module):
         x = x[..., : self.v_head_channels]  # (B, H, N, C/H), without the padding
         return self.out(x.transpose(1, 2).flatten(-2))
 
-    def keys_values(self, x_kv: Tensor, norm: nn.LayerNorm | None = None, num_queries: int | None = None) -> KeysValues:
+    def keys_values(
+        self, x_kv: Tensor | Unprojected, norm: nn.LayerNorm | None = None, num_queries: int | None = None
+    ) -> KeysValues:
         """What `forward` needs of x_kv (B, M, Ckv): keys and values (B, H, M, width of a head), or `Unprojected`.
+
+        If x_kv is already `Unprojected`, for another attention to the same inputs, the result shares its inputs.
 
         norm         LayerNorm of x_kv. Default: x_kv is normalized already
         num_queries  N. If it is given, the inputs stay unprojected where that pays
         """
-        if norm is not None and num_queries is not None and self.moving_pays(x_kv, num_queries):
-            x = F.layer_norm(x_kv, norm.normalized_shape, eps=norm.eps)
+        shared = isinstance(x_kv, Unprojected)
+        if shared or norm is not None and num_queries is not None and self.moving_pays(x_kv, num_queries):
             key_weight = weight_with_bias(self.k, self.num_heads, norm)
             value_weight = weight_with_bias(self.v, self.num_heads, norm)
-            return Unprojected(with_ones(x, key_weight.shape[-1]), key_weight, value_weight)
+            if shared:
+                x = x_kv.x
+            else:
+                x = F.layer_norm(x_kv, norm.normalized_shape, eps=norm.eps)
+                x = with_ones(x, key_weight.shape[-1])
+            return Unprojected(x, key_weight, value_weight)
         if norm is not None:
             x_kv = norm(x_kv)
         qk_width, v_width = self.head_widths(x_kv.device)

@@ -43,11 +43,10 @@ class OptimConfig:
     momentum: Decay = 0.9  # sgd and muon
     muon_lr: Positive = 0.01  # peak learning rate of the matrices in layers, for muon; lr is that of other parameters
     weight_decay: NonNegative = 0.0  # of weights and embeddings, never of biases and norms
-    schedule: Literal["cosine", "constant", "constant_cosine", "trapezoid", "step"] = "cosine"  # constant_cosine: 2nd half decays
+    schedule: Literal["cosine", "constant", "constant_cosine", "step"] = "cosine"  # constant_cosine: 2nd half decays
     warmup_steps: NonNegativeInt = 200  # linear warm-up from 0, in every schedule
     decay_steps: Count | None = None  # length of the schedule in steps, including warm-up; null: train.max_steps
     min_lr_fraction: Probability = 0.0  # the final value of a cosine, as a fraction of lr
-    cooldown_fraction: Annotated[float, "(0, 1]"] = 0.5  # schedule trapezoid: linear decay at the end
     milestones: tuple[Annotated[float, "(0, 1)"], ...] = ()  # schedule step: lr / 10 at these fractions of the schedule
     max_grad_norm: Positive | None = 1.0  # gradients are clipped to this norm; null: no clipping
 

@@ -26,6 +26,7 @@ from perceiver.attention import (
     KeysValues,
     LayerCache,
     Linear,
+    Unprojected,
     linear,
     mask_of_padding,
     rotary_angles,
@@ -269,14 +270,17 @@ class PerceiverEncoder(nn.Module):
         mask = mask_of_padding(pad_mask)
         latents = self.latents.weight.expand(len(x), -1, -1)  # (B, N, D)
         shared_from = len(self.cross_attention) - 1  # from this cross-attention on, all have the same weights
+        keys_values = x
         for i in range(c.num_self_attention_blocks):
             which = -1 if i else 0  # index of the weights: the first, or those of the others
             if i < c.num_cross_attention_layers:
                 layer = self.cross_attention[which]
-                if i == shared_from and i + 1 < c.num_cross_attention_layers:
-                    # Once for all further calls
-                    x = layer.attention.keys_values(x, layer.kv_norm, num_queries=latents.shape[1])
-                latents = run_layer(layer, c, latents, x, mask=mask)
+                if i <= shared_from and c.num_cross_attention_layers > 1:
+                    # Once for all calls with the same weights. Unprojected inputs serve the other weights, too.
+                    keys_values = layer.attention.keys_values(x, layer.kv_norm, num_queries=latents.shape[1])
+                    if isinstance(keys_values, Unprojected):
+                        x = keys_values
+                latents = run_layer(layer, c, latents, keys_values, mask=mask)
             for layer in self.self_attention[which]:
                 latents = run_layer(layer, c, latents)
         return latents
@@ -415,8 +419,6 @@ class PerceiverARConfig:
     num_rotary_layers: Annotated[int, "[-1, inf)"] = 1  # self-attention layers with rotary positions; -1: all
     output_norm: bool = False  # LayerNorm before the output; google has one
     output_bias: bool = True  # bias of the output
-    activation: Literal["gelu", "squared_relu"] = "gelu"  # of MLPs; google: squared_relu
-    zero_init: bool = False  # attention and MLP outputs start at zero, so each layer starts as the identity
     init_scale: Scale = 0.02  # standard deviation of the initial weights; google: 1 / sqrt(inputs), embeddings 1
     latent_keys: Literal["kv_norm", "q_norm"] = "kv_norm"  # LayerNorm of latents as keys; q_norm: compatibility
     # Training
@@ -437,8 +439,6 @@ class PerceiverARConfig:
                 "num_rotary_layers",
                 "output_norm",
                 "output_bias",
-                "activation",
-                "zero_init",
                 "init_scale",
                 "latent_keys",
             )
@@ -501,7 +501,7 @@ class PerceiverAR(nn.Module):
         layer = dict(
             num_heads=c.num_heads,
             widening_factor=4,
-            activation="squared_relu" if google else c.activation,
+            activation="squared_relu" if google else "gelu",
             bias=google,
             dropout=c.post_attention_dropout,
             residual_dropout=c.residual_dropout,
@@ -518,10 +518,6 @@ class PerceiverAR(nn.Module):
         self.output_weight = nn.Parameter(torch.zeros(c.vocab_size, c.num_channels)) if google else None
         self.output_bias = nn.Parameter(torch.zeros(c.vocab_size)) if c.output_bias else None
         init_weights(self, None if google else c.init_scale)
-        if c.zero_init:
-            for layer in (self.cross_attention, *self.self_attention):
-                nn.init.zeros_(layer.attention.out.weight)
-                nn.init.zeros_(layer.mlp[-1].weight)
 
     def forward(
         self,

@@ -186,10 +186,6 @@ def learning_rate(step: int, max_steps: int, config: OptimConfig) -> float:
         passed = sum(step >= milestone * end for milestone in config.milestones)
         return config.lr * 0.1**passed
     start = warmup
-    if config.schedule == "trapezoid":
-        cooldown = config.cooldown_fraction * end
-        left = min(1.0, max(0.0, (end - step) / cooldown))
-        return config.lr * (config.min_lr_fraction + (1 - config.min_lr_fraction) * left)
     if config.schedule == "constant_cosine":
         start = max(warmup, end / 2)
     progress = (step - start) / max(1, end - start)
