@@ -9,7 +9,7 @@ from torch import nn
 
 from conftest import GOLDEN, ROOT
 from perceiver.adapters import ClassificationOutput, LinearOutput, TrainableQueries
-from perceiver.attention import Attention
+from perceiver.attention import Attention, Unprojected
 from perceiver.config import build
 from perceiver.errors import UserError
 from perceiver.model import (CrossAttentionLayer, Perceiver, PerceiverDecoder, PerceiverDecoderConfig, PerceiverEncoder,
@@ -126,9 +126,13 @@ def test_heads_of_any_width_equal_the_plain_formula(qk, v, masked):
 # Properties
 
 
+@pytest.mark.parametrize("num_heads", [1, 11])
 @pytest.mark.parametrize("first_cross_shared, first_block_shared", [(True, True), (False, False), (False, True)])
-def test_encoder_runs_the_layers_in_order_with_shared_weights(first_cross_shared, first_block_shared, monkeypatch):
-    model = encoder(num_cross_attention_layers=3, num_self_attention_blocks=4,
+def test_encoder_runs_the_layers_in_order_with_shared_weights(
+    first_cross_shared, first_block_shared, num_heads, monkeypatch
+):
+    """With one head, inputs stay unprojected; with 11, they are projected."""
+    model = encoder(num_cross_attention_heads=num_heads, num_cross_attention_layers=3, num_self_attention_blocks=4,
                     first_cross_attention_layer_shared=first_cross_shared,
                     first_self_attention_block_shared=first_block_shared)
     x = torch.randn(2, 9, 11)
@@ -145,12 +149,14 @@ def test_encoder_runs_the_layers_in_order_with_shared_weights(first_cross_shared
     keys_values = Attention.keys_values
 
     def count(self, x_kv, *args, **kwargs):
-        calls.append(x_kv is x)
+        calls.append("inputs" if x_kv is x else "shared" if isinstance(x_kv, Unprojected) else "latents")
         return keys_values(self, x_kv, *args, **kwargs)
 
     monkeypatch.setattr(Attention, "keys_values", count)
     torch.testing.assert_close(model(x), expected)
-    assert sum(calls) == len(model.cross_attention)  # shared layers compute keys and values once
+    num_weights = len(model.cross_attention)  # shared layers compute keys and values once
+    assert calls.count("inputs") == (1 if num_heads == 1 else num_weights)
+    assert calls.count("inputs") + calls.count("shared") == num_weights
 
 
 @pytest.mark.parametrize("num_cross_attention_layers", [1, 3])
