@@ -26,10 +26,15 @@ def attend(
     """
     n = q.shape[-2]
     m = k.shape[-2]
-    sdpa = scaled_dot_product_attention if dropout and q.is_cpu else F.scaled_dot_product_attention
     causal = causal and n > 1  # a single query is the last position: it sees all keys
+    sdpa = F.scaled_dot_product_attention
+    width = max(q.shape[-1], v.shape[-1])
+    if q.is_cpu and n * m > 2**20:  # too many weights to hold
+        q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+    if q.is_cpu and (dropout or q.shape[-1] != v.shape[-1]):
+        sdpa = plain_attention  # PyTorch has no fast kernel for these
     if mask is None:
-        if causal and n == m and n <= 1024 and q.is_cpu and not dropout:
+        if causal and n == m and n <= 1024 and q.is_cpu and sdpa is not plain_attention:
             return causal_self_attention(q, k, v, scale)
         if causal and n < m:
             # `is_causal=True` would align the queries with the first keys. On CUDA, causal_lower_right selects the
@@ -68,13 +73,13 @@ def causal_self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) 
     return torch.cat(parts, dim=2)
 
 
-def scaled_dot_product_attention(
+def plain_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, is_causal=False, scale: float | None = None
 ) -> Tensor:
-    """PyTorch's function of this name with dropout, for the CPU, where PyTorch has no fast kernel for it.
+    """F.scaled_dot_product_attention for the CPU, with dropout or with values wider or narrower than the keys.
 
-    PyTorch's code also scales the keys and looks for fully masked rows. Without that, a training step of mnist.yaml
-    takes nine tenths of the time.
+    PyTorch's own slow path also scales the keys and looks for fully masked rows. Without that, a training step of
+    mnist.yaml takes nine tenths of the time. Like that path, this one holds all N x M weights.
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
@@ -403,11 +408,11 @@ class Attention(nn.Module):
 
         The fast kernels, which never hold the N x M scores, restrict these numbers. On CUDA they must be multiples of 8
         (the ImageNet model has one head of 261). On the CPU they must be equal. Zeros pad the heads and change no
-        result.
+        result. But much wider heads would take longer: DeepMind's language model has heads of 32 and 160 channels.
         """
         qk = math.ceil(self.qk_head_channels / 8) * 8
         v = math.ceil(self.v_head_channels / 8) * 8
-        if device.type != "cuda":
+        if device.type != "cuda" and max(qk, v) < 2 * min(qk, v):
             qk = v = max(qk, v)
         return qk, v
 
