@@ -27,14 +27,17 @@ def attend(
     n = q.shape[-2]
     m = k.shape[-2]
     causal = causal and n > 1  # a single query is the last position: it sees all keys
-    sdpa = F.scaled_dot_product_attention
-    width = max(q.shape[-1], v.shape[-1])
-    if q.is_cpu and n * m > 2**20:  # too many weights to hold
-        q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
-    if q.is_cpu and (dropout or q.shape[-1] != v.shape[-1]):
-        sdpa = plain_attention  # PyTorch has no fast kernel for these
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    unequal = q.is_cpu and q.shape[-1] != v.shape[-1]
+    if unequal and n * m > 2**20:  # too many weights to hold: pad to equal widths, for the fast kernel
+        width = max(q.shape[-1], v.shape[-1])
+        padded = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
+        return attend(*padded, mask, causal, dropout, scale)[..., : v.shape[-1]]
+    plain = unequal or (q.is_cpu and dropout > 0)
+    sdpa = plain_attention if plain else F.scaled_dot_product_attention
     if mask is None:
-        if causal and n == m and n <= 1024 and q.is_cpu and sdpa is not plain_attention:
+        if causal and n == m and n <= 1024 and q.is_cpu and not plain:
             return causal_self_attention(q, k, v, scale)
         if causal and n < m:
             # `is_causal=True` would align the queries with the first keys. On CUDA, causal_lower_right selects the
@@ -57,7 +60,7 @@ def attend(
     return x.masked_fill(fully_masked, 0.0)
 
 
-def causal_self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+def causal_self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention with N = M on the CPU, where PyTorch's kernel computes blocks of 512 keys, seen or not.
 
     A quarter of the queries at a time skips keys that they do not see. For 512 positions, forward and backward passes
@@ -74,15 +77,13 @@ def causal_self_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None) 
 
 
 def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, is_causal=False, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, is_causal=False, *, scale: float
 ) -> Tensor:
     """F.scaled_dot_product_attention for the CPU, with dropout or with values wider or narrower than the keys.
 
     PyTorch's own slow path also scales the keys and looks for fully masked rows. Without that, a training step of
     mnist.yaml takes nine tenths of the time. Like that path, this one holds all N x M weights.
     """
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
     scores = (q * scale) @ k.mT
     if is_causal:
         mask = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()

@@ -44,6 +44,22 @@ def test_dropout_hides_the_same_weights_in_every_column_of_the_values(mask, caus
     assert 0.5 < (kept.sum() / (weights != 0).sum()) < 0.95
 
 
+@pytest.mark.parametrize("n, m, causal", [(5, 9, False), (5, 9, True), (9, 9, True), (1000, 1100, True)])
+@pytest.mark.parametrize("qk, value", [(4, 12), (12, 4)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_keys_and_values_of_unequal_widths(n, m, causal, qk, value, masked):
+    """Few weights take plain products, many take the fast kernel with padded heads."""
+    q, k, v = (torch.randn(1, 2, *shape, dtype=torch.float64) for shape in ((n, qk), (m, qk), (m, value)))
+    visible = torch.ones(n, m, dtype=torch.bool).tril(m - n) if causal else torch.ones(n, m, dtype=torch.bool)
+    mask = None
+    if masked:
+        mask = torch.rand(1, 1, 1, m) < 0.7
+        mask[..., 0] = True
+        visible = visible & mask
+    expected = (q @ k.mT / qk**0.5).masked_fill(~visible, -torch.inf).softmax(-1) @ v
+    torch.testing.assert_close(attend(q, k, v, mask, causal), expected)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention without projections
 
