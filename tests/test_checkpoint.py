@@ -138,7 +138,7 @@ def test_another_task_is_one_message(tmp_path):
 
 @pytest.mark.parametrize("override, message", [
     ("model.num_heads=1", "model.num_heads was 2, is 1"),
-    ("optim.name=sgd", "optim.name was adamw, is sgd"),
+    ("optim.name=sgd", "optim.name was muon, is sgd"),
     ("data.dataset=enwik8", "data.dataset was stdlib, is enwik8"),
     ("data.path=x.txt", "data.path was None, is x.txt"),
 ])

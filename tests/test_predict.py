@@ -38,8 +38,8 @@ def mlm(tmp_path_factory):
     (folder / "mlm.yaml").write_text("task: masked_lm")
     result = run_script(
         "train.py", folder / "mlm.yaml", f"data.path={folder}/text.txt", f"train.out_dir={folder}/run",
-        "data.mask_prob=0.3", "train.max_steps=500",
-        "train.eval_every=500", "data.val_size=200", "optim.lr=0.01", "optim.warmup_steps=50",
+        "data.mask_prob=0.3", "train.max_steps=800",
+        "train.eval_every=800", "data.val_size=200", "optim.lr=0.01", "optim.warmup_steps=50",
         "model.num_latents=8", "model.num_latent_channels=32", "model.input.max_seq_len=42", "train.device=cpu",
         "model.input.num_input_channels=32", "model.encoder.num_self_attention_layers_per_block=1",
         *(f"model.encoder.num_{kind}_attention_heads=2" for kind in ("cross", "self")),

@@ -167,7 +167,7 @@ def test_nothing_saved_is_lost(tmp_path, corpus):
     assert other.returncode == 2 and "model.num_channels was 16, is 32" in other.stderr
     assert other.stderr.count("\n") == 1 and same_weights(first, weights(tmp_path / "run"))
     for change, message in (("model.num_heads=1", "model.num_heads was 2, is 1"),
-                            ("optim.name=lamb", "optim.name was adamw, is lamb"),
+                            ("optim.name=lamb", "optim.name was muon, is lamb"),
                             ("data.path=null", f"data.path was {corpus}, is None"),
                             ("train.resume=/nowhere.pt", "/nowhere.pt does not exist")):
         other = run_train(*common, change)
@@ -238,8 +238,9 @@ def test_a_resumed_run_uses_new_options_of_the_optimizer(tmp_path, corpus):
     common = [f"data.path={corpus}", f"train.out_dir={tmp_path}/run"]
     assert run_train(*common, "train.max_steps=2").returncode == 0
     assert run_train(*common, "train.max_steps=3", "optim.weight_decay=0.5").returncode == 0
-    groups = checkpoint.load(tmp_path / "run/checkpoints/last.pt")["optimizer"]["param_groups"]
-    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    muon, adamw = checkpoint.load(tmp_path / "run/checkpoints/last.pt")["optimizer"]
+    groups = muon["param_groups"] + adamw["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.5, 0.0]
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, corpus):
