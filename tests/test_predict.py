@@ -203,7 +203,7 @@ def pictures_of(run):
 
 
 def test_training_shows_pictures(mlm, tmp_path, folder):
-    assert pictures_of(mlm)[0][0] == 500 and pictures_of(mlm)[0][1] >= 400
+    assert pictures_of(mlm)[0][0] == 800 and pictures_of(mlm)[0][1] >= 400
     for name in "ab":
         (tmp_path / "texts" / name).mkdir(parents=True)
         for part, size in (("train", (24, 20)), ("val", (30, 30))):
