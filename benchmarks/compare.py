@@ -16,8 +16,9 @@ peak during a unit, beyond parameters, gradients and optimizer state. `differenc
 outputs of both sides with the same random weights. The floor is the time of the matrix products alone, at the speed of
 large ones, measured in the same run; for decoding, the time to read all weights and cached keys and values once.
 
-With --precision auto, our side computes as train.py does by default: in bf16 if the device is fast at it. Peers and
-the decoding rows stay in float32. --out writes compare.md and compare.json after each comparison.
+With --precision auto, our side computes as train.py does by default: in bf16 if the device is fast at it. Another
+checkout computes in the same way. Other peers and the decoding rows stay in float32. --out writes compare.md and
+compare.json after each comparison.
 """
 import argparse
 import importlib.util
@@ -225,7 +226,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", help=f"default: all of {' '.join(ROWS)} loader")
     parser.add_argument("--peers", nargs="+", help=f"default: all of {' '.join(PEERS)} but ours")
     parser.add_argument("--rounds", type=int, default=15, help="number of timed pairs per comparison")
-    parser.add_argument("--precision", choices=("float32", "auto"), default="float32", help="of our side")
+    parser.add_argument("--precision", choices=("float32", "bf16", "auto"), default="float32", help="of our side")
     parser.add_argument("--peer-dir", type=Path, help="folder of the peer's package, if not in /tmp/peer-NAME")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder for compare.md and compare.json")

@@ -62,7 +62,7 @@ class TrainConfig:
     gradient_accumulation_steps: Count = 1  # micro-batches in an optimizer step on each rank
     seed: Annotated[int, "[0, 1e18]"] = 0  # for initialization, data and dropout
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA if there is a GPU
-    precision: Literal["auto", "bf16", "float32"] = "auto"  # auto: bf16 if the GPU or CPU has it, else float32
+    precision: Literal["auto", "bf16", "float32"] = "auto"  # auto: bf16 if it is fast on the GPU or CPU
     compile: bool = False  # torch.compile the model
     resume: str = "auto"  # auto: from the run's last.pt if it exists; never: start anew; or a path of a checkpoint
     log_every: Count = 10  # steps between log lines

@@ -78,15 +78,21 @@ def find_device(name: str) -> torch.device:
 
 
 def uses_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to compute in bf16: `precision` is bf16, or it is auto and the device multiplies bf16 in hardware."""
+    """Whether to compute in bf16: `precision` is bf16, or it is auto and bf16 is faster than float32 on the device.
+
+    On CPUs this holds with AMX, and with AVX512_BF16 on AMD. Intel's cores with AVX512_BF16 that do not offer AMX, as in
+    some virtual machines, multiply in bf16 more slowly than in float32. Unlike AMD's, they have AVX512_FP16.
+    """
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if not hasattr(torch.cpu, "get_capabilities"):  # an older version of torch
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older version of torch, which does not tell AVX512_FP16
+        return torch.cpu._is_amx_tile_supported()
     capabilities = torch.cpu.get_capabilities()  # on ARM, without these names
-    return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    has_amx = capabilities.get("amx_bf16", False)
+    has_avx = capabilities.get("avx512_bf16", False)
+    return has_amx or (has_avx and not capabilities.get("avx512_fp16", False))
 
 
 def init_ranks(device_name: str) -> Ranks:

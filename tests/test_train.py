@@ -292,6 +292,8 @@ def test_samples_are_made_in_evaluation_mode_after_the_checkpoint_is_saved(tmp_p
 @pytest.mark.parametrize("capabilities, bf16", [
     ({"avx512_bf16": True, "amx_bf16": False}, True),
     ({"avx512_bf16": False, "amx_bf16": True}, True),
+    ({"avx512_bf16": True, "amx_bf16": True, "avx512_fp16": True}, True),
+    ({"avx512_bf16": True, "amx_bf16": False, "avx512_fp16": True}, False),  # a virtual machine without AMX
     ({"avx512_bf16": False, "amx_bf16": False, "avx512_f": True}, False),
     ({"neon": True, "bf16": True}, False),
 ])
@@ -302,12 +304,11 @@ def test_automatic_precision_of_a_cpu(monkeypatch, capabilities, bf16):
     assert uses_bf16("bf16", cpu) and not uses_bf16("float32", cpu)
 
 
-@pytest.mark.parametrize("avx512, amx", [(True, False), (False, True), (False, False)])
-def test_automatic_precision_of_a_cpu_in_older_versions_of_torch(monkeypatch, avx512, amx):
+@pytest.mark.parametrize("amx", [True, False])
+def test_automatic_precision_of_a_cpu_in_older_versions_of_torch(monkeypatch, amx):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert uses_bf16("auto", torch.device("cpu")) is (avx512 or amx)
+    assert uses_bf16("auto", torch.device("cpu")) is amx
 
 
 @pytest.mark.parametrize("bf16", [True, False])
