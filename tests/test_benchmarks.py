@@ -9,6 +9,7 @@ from perceiver.decoding import window_bounds
 from perceiver.errors import run_script
 
 sys.path.append(str(ROOT / "benchmarks"))
+import bf16_speed  # noqa: E402
 import compare  # noqa: E402
 from rows import PREFIX, ROWS, TOKENS, make_inputs  # noqa: E402
 from sides import PEERS, Lucidrains, Ours, cut_patches  # noqa: E402
@@ -45,6 +46,15 @@ def test_our_side_decodes_and_trains():
         logits = start(prompt)(prompt[:1])
         expected = model(torch.cat((prompt, prompt[:1]))[None], num_latents=513 - PREFIX[512])[:, -1]
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("bf16, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_bf16_and_float32_take_turns(bf16, dtype):
+    worker = Worker("ours", "cpu", "float32")
+    worker.build("mnist-train")
+    worker.inputs = worker.inputs[:2]
+    assert bf16_speed.seconds(worker, bf16) > 0
+    assert worker.logits().dtype is dtype
 
 
 def test_a_process_measures_memory():
