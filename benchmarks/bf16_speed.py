@@ -1,28 +1,27 @@
-"""Times our training steps in bf16 beside float32: `python benchmarks/bf16_speed.py`.
+"""Times our rows of compare.py in bf16 beside float32: `python benchmarks/bf16_speed.py`.
 
-Both run in one process, in turns, so that a change of the machine's speed meets both. A unit is what compare.py times.
+Both run in one process, in turns, so that a change of the machine's speed meets both.
 """
 import argparse
 import sys
-import time
 from pathlib import Path
 from statistics import median, quantiles
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from compare import machine  # noqa: E402
+from rows import ROWS  # noqa: E402
 from worker import Worker  # noqa: E402
 
 
 def seconds(worker: Worker, bf16: bool) -> float:
     worker.bf16 = bf16
-    begin = time.perf_counter()
-    worker.unit()
-    return time.perf_counter() - begin
+    return worker.unit()["seconds"]
 
 
-def main():
+def main() -> None:
+    rows = [name for name, row in ROWS.items() if row.kind in ("train", "forward")]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", default=["ar-train", "mnist-train"], help="rows of compare.py")
+    parser.add_argument("--rows", nargs="+", choices=rows, default=["ar-train", "mnist-train"])
     parser.add_argument("--rounds", type=int, default=12, help="number of timed pairs")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()

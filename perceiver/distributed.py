@@ -80,8 +80,9 @@ def find_device(name: str) -> torch.device:
 def uses_bf16(precision: str, device: torch.device) -> bool:
     """Whether to compute in bf16: `precision` is bf16, or it is auto and bf16 is faster than float32 on the device.
 
-    On CPUs this holds with AMX, and with AVX512_BF16 on AMD. Intel's cores with AVX512_BF16 that do not offer AMX, as in
-    some virtual machines, multiply in bf16 more slowly than in float32. Unlike AMD's, they have AVX512_FP16.
+    On CPUs this is taken to hold with AMX, and with AVX512_BF16 on AMD. Intel's cores with AVX512_BF16 that do not
+    offer AMX, as in some virtual machines, multiply in bf16 more slowly than in float32. Unlike AMD's, they have
+    AVX512_FP16.
     """
     if precision != "auto":
         return precision == "bf16"
