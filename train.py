@@ -67,12 +67,14 @@ def train(config: Config, ranks: Ranks) -> int:
     if source is not None:
         step, best_loss, note = checkpoint.resume(source, config, model, optimizer, device, TASKS)
         say(note)
+    elif options.eval_only:
+        raise UserError(f"train.eval_only: {options.out_dir} has no checkpoint; train first, or set train.resume to one")
     elif getattr(config.model, "init_from", None):
         init_weights_from(model, config.model.init_from, config)
     ranks.barrier()  # the main rank may move the checkpoint only after all ranks have read it
     folder = Path(options.out_dir)
     last, best = folder / checkpoint.LAST, folder / checkpoint.BEST
-    if ranks.is_main:
+    if ranks.is_main and not options.eval_only:
         checkpoint.move_aside(folder, source)
         log = RunLog(folder, step, to_yaml(config))
 
@@ -106,10 +108,11 @@ def train(config: Config, ranks: Ranks) -> int:
         return task.metrics(to_floats(ranks.sum(totals)))
 
     model.train()
-    bar = tqdm(initial=step, total=options.max_steps, disable=not ranks.is_main, mininterval=1.0, dynamic_ncols=True)
+    max_steps = step if options.eval_only else options.max_steps
+    bar = tqdm(initial=step, total=max_steps, disable=not ranks.is_main, mininterval=1.0, dynamic_ncols=True)
     totals, logged_step = {}, step  # sums since the last log line
     val, stopping = None, False
-    while step < options.max_steps and not stopping:
+    while step < max_steps and not stopping:
         lr = learning_rate(step, options.max_steps, config.optim)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -135,7 +138,7 @@ def train(config: Config, ranks: Ranks) -> int:
         bar.update()
 
         stopping = ranks.any(stop.received)
-        final = stopping or step == options.max_steps
+        final = stopping or step == max_steps
         log_now = final or step % options.log_every == 0
         eval_now = not stopping and (final or step % options.eval_every == 0)
         save_now = final or eval_now or step % options.save_every == 0
@@ -185,8 +188,9 @@ def train(config: Config, ranks: Ranks) -> int:
         say(f"stopped by {stop.name} after step {step}; the same command continues from {last}")
         return 128 + (stop.received or signal.SIGTERM)
     if ranks.is_main:
+        say(task.summary(val) or f"validation: {format_metrics(val)}")
+    if ranks.is_main and not options.eval_only:
         say(
-            task.summary(val) or f"validation: {format_metrics(val)}",
             f"step {step}, the run is complete",
             f"checkpoints in {last.parent}; best.pt has the lowest validation loss, {best_loss:.4f}",
         )

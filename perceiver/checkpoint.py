@@ -103,6 +103,8 @@ def resume(
 
 def resume_note(step: int, old: Config, new: Config) -> str:
     """The note of `resume`. It tells if the learning rate jumps because the config changed."""
+    if new.train.eval_only:
+        return f"the checkpoint is from step {step}"
     if step >= new.train.max_steps:
         return f"nothing to train: the run is at step {step}, and train.max_steps={new.train.max_steps}"
     before, now = (learning_rate(step, config.train.max_steps, config.optim) for config in (old, new))

@@ -68,6 +68,7 @@ class TrainConfig:
     log_every: Count = 10  # steps between log lines
     eval_every: Count = 500  # steps between evaluations on the validation set
     save_every: Count = 500  # steps between checkpoints; evaluations save one too
+    eval_only: bool = False  # evaluate the checkpoint that `resume` selects, and stop; it writes nothing
     dry_run: bool = False  # build the model, print the config and the number of parameters, stop
 
 

@@ -294,6 +294,11 @@ class CorpusConfig(LoaderConfig):
     cache_dir: str = "data"  # folder of the datasets; a missing dataset is downloaded to it
     val_fraction: ValFraction = 0.05  # fraction held out for validation if the data has no split
     val_size: Annotated[int, "[2, inf)"] = 1_000_000  # maximum number of bytes or token ids to validate on
+    eval_split: Literal["val", "test"] = "val"  # test: evaluate on the test files of the data instead
+
+    @property
+    def eval_name(self) -> str:
+        return "test" if self.eval_split == "test" else "validation"
 
 
 DOWNLOADS = {
@@ -355,12 +360,15 @@ def load_corpus(config: CorpusConfig) -> Corpus:
     there are fewer than n files, the end of the text is. Raises UserError if the data cannot be read or is too short.
     """
     source = unwrap(find_source(config))
-    train_files, val_files = corpus_files(source)
+    train_files, val_files = corpus_files(source, config.eval_split)
     if not train_files:
         raise UserError(f"{source} holds no text files")
     depth = len(source.parts) + 1
     used = {file.parts[:depth] for file in train_files + val_files}
     unused = [place for place in visible_places(source) if place.parts not in used]
+    is_enwik8 = source.name == "enwik8"
+    if config.eval_split == "test" and not val_files and not is_enwik8:
+        raise UserError(f"data.eval_split=test: {source} has no test files, such as test.txt; leave it at val")
     if not val_files and len(train_files) >= round(1 / config.val_fraction):
         train_files, val_files = hold_out(train_files, config.val_fraction)
 
@@ -368,8 +376,9 @@ def load_corpus(config: CorpusConfig) -> Corpus:
     train = read_values(train_files, config.bin_dtype, separator)
     if val_files:
         val = read_values(val_files, config.bin_dtype, separator)
-    elif source.name == "enwik8" and len(train) == 100_000_000:
-        train, val, _ = np.split(train, [90_000_000, 95_000_000])  # the usual split
+    elif is_enwik8 and len(train) == 100_000_000:
+        train, val, test = np.split(train, [90_000_000, 95_000_000])  # the usual split
+        val = test if config.eval_split == "test" else val
     else:
         train, val = np.split(train, [int(len(train) * (1 - config.val_fraction))])
     val = val[: config.val_size]
@@ -383,7 +392,7 @@ def load_corpus(config: CorpusConfig) -> Corpus:
     unit, offset = ("token ids", 0) if holds_ids else ("bytes", ByteTokenizer.OFFSET)
     note = (
         f"{source}: {len(train):,} {unit} of {list_names(train_files)} for training, "
-        f"{len(val):,} of {list_names(val_files) or 'the rest'} for validation"
+        f"{len(val):,} of {list_names(val_files) or 'the rest'} for {config.eval_name}"
     )
     if unused:
         note += f"; not used: {list_names(unused)}"
@@ -398,12 +407,12 @@ def unwrap(source):
     return source
 
 
-def corpus_files(source: Path) -> tuple[list[Path], list[Path]]:
-    """The files for training and for validation. The second list is empty if the data has no validation files.
+def corpus_files(source: Path, eval_split: str) -> tuple[list[Path], list[Path]]:
+    """The files for training, and those of `eval_split`, "val" or "test". The second list may be empty.
 
     The names in the folder `source` tell them apart: train.txt and valid.txt, wiki.train.tokens and wiki.valid.tokens,
-    or folders train and dev. Such names differ only in this word and in numbers. Test files beside them are left out.
-    Without such names, all text files are for training. Raises UserError if `source` holds several corpora.
+    or folders train and dev. Such names differ only in this word and in numbers. All other files are left out. Without
+    such names, all text files are for training. Raises UserError if `source` holds several corpora.
     """
     if source.is_file():
         return [source], []
@@ -428,7 +437,7 @@ def corpus_files(source: Path) -> tuple[list[Path], list[Path]]:
         names = " and ".join(list_names(corpus["train"]) for corpus in found)
         raise UserError(f"{source} holds several corpora, with {names}; put each corpus in a folder of its own")
     if found:
-        return found[0]["train"], found[0]["val"]
+        return found[0]["train"], found[0][eval_split]
     files = text_files(source)
     if with_train:
         files = [file for file in files if split_part(file.relative_to(source).parts[0]) != "test"]

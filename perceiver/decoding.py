@@ -121,8 +121,11 @@ class KVCache:
 
 
 def decode_step(model: PerceiverAR, tokens: Tensor, step: DecodingStep) -> Tensor:
-    """Logits (B, V) after one more token (B,) of every sequence. `step` comes from `KVCache.advance`."""
-    return model(tokens[:, None], step=step)[:, -1]
+    """Logits (B, V) after one more token of every sequence, the last of `tokens` (B, model.num_recent_tokens).
+
+    `step` comes from `KVCache.advance`.
+    """
+    return model(tokens, step=step)[:, -1]
 
 
 def compiled_step(device: torch.device):
@@ -183,7 +186,6 @@ class Decoder:
 
     def append(self, tokens: Tensor):
         """Adds one token (B,) to every sequence."""
-        self.newest = tokens
         for sequence, token in zip(self.sequences, tokens.tolist()):
             sequence.append(token)
 
@@ -204,13 +206,23 @@ class Decoder:
         if sum(map(len, stale.values())) == len(shapes):
             logits = self.model.token_embedding.weight.new_empty(len(shapes), c.vocab_size)
         else:  # stale rows run too, so that the batch size stays the same; their logits are replaced below
-            logits = self.decode_step(self.model, self.newest, self.cache.advance(shapes))
+            step = self.cache.advance(shapes)
+            logits = self.decode_step(self.model, self.recent_tokens(shapes), step)
         for (num_tokens, num_latents), rows in stale.items():
             windows = [self.sequences[row][-num_tokens:] for row in rows]
             step = self.cache and self.cache.prefill(rows, num_tokens, num_latents)
             encoded = self.model(torch.tensor(windows, device=self.device), num_latents, step=step)
             logits[rows] = encoded[:, -1]
         return logits
+
+    def recent_tokens(self, shapes: list[tuple[int, int]]) -> Tensor:
+        """The last tokens (B, model.num_recent_tokens) of every window. Before the start of a window they are 0."""
+        size = self.model.num_recent_tokens
+        rows = []
+        for tokens, (num_tokens, _) in zip(self.sequences, shapes):
+            recent = tokens[-min(size, num_tokens) :]
+            rows.append([0] * (size - len(recent)) + recent)
+        return torch.tensor(rows, device=self.device)
 
 
 def sample_token(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:

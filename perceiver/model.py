@@ -38,6 +38,7 @@ from perceiver.attention import (
 Count = Annotated[int, "[1, inf)"]
 Scale = Annotated[float, "(0, inf)"]
 Share = Annotated[float, "[0, 1)"]
+NgramSizes = tuple[Annotated[int, "[2, inf)"], ...]
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Layers
@@ -162,6 +163,50 @@ def init_weights(model: nn.Module, std: float | None):
         else:
             continue
         nn.init.normal_(module.weight, std=num_inputs**-0.5 if std is None else std)
+
+
+class TokenEmbedding(nn.Embedding):
+    """Tokens (B, M) -> (B, M, C): the vector of each token, plus one for each n-gram that ends with it.
+
+    An n-gram is n successive tokens. A hash of them selects its vector from a table of `num_buckets`; there is a table
+    for each n in `ngram_sizes`. So different n-grams may share a vector. These vectors tell the model of bytes about
+    words (Byte Latent Transformer, arXiv 2412.09871, section 3.2.1). They start at 0.
+    """
+
+    MULTIPLIER = 1_000_000_007  # of the polynomial hash: a prime, larger than any vocabulary
+
+    def __init__(self, vocab_size: int, num_channels: int, ngram_sizes: tuple[int, ...], num_buckets: int):
+        super().__init__(vocab_size, num_channels)
+        self.ngram_sizes = ngram_sizes
+        self.num_buckets = num_buckets
+        self.ngrams = None
+        if ngram_sizes:
+            self.ngrams = nn.Parameter(torch.zeros(len(ngram_sizes) * num_buckets, num_channels))
+
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """`positions` (B, M') selects the tokens to embed; default: all. The n-grams are those of the whole input."""
+        indices = self.ngram_indices(input_ids)
+        if positions is not None:
+            input_ids = input_ids.gather(1, positions)
+            indices = [index.gather(1, positions) for index in indices]
+        x = super().forward(input_ids)
+        for index in indices:
+            x = x + F.embedding(index, self.ngrams)
+        return x
+
+    def ngram_indices(self, input_ids: Tensor) -> list[Tensor]:
+        """For each size, the index (B, M) of the vector of the n-gram that ends with each token.
+
+        Tokens before the first one count as 0.
+        """
+        indices = []
+        for table, size in enumerate(self.ngram_sizes):
+            hashed = torch.zeros_like(input_ids)
+            for distance in range(size):
+                earlier = F.pad(input_ids, (distance, 0))[:, : input_ids.shape[1]]
+                hashed = self.MULTIPLIER * hashed + earlier  # int64 wraps around
+            indices.append(hashed % self.num_buckets + table * self.num_buckets)
+        return indices
 
 
 def run_layer(layer: nn.Module, config, *args, **kwargs) -> Tensor:
@@ -418,6 +463,8 @@ class PerceiverARConfig:
     absolute_positions: bool = True  # learned positions; rotary positions then turn half of each head, else all of it
     num_rotary_layers: Annotated[int, "[-1, inf)"] = 1  # self-attention layers with rotary positions; -1: all
     output_norm: bool = False  # LayerNorm before the output; google has one
+    ngram_sizes: NgramSizes = ()  # embed the n-grams of these n, too; see TokenEmbedding
+    num_ngram_buckets: Count = 20_000  # vectors for each n
     output_bias: bool = True  # bias of the output
     init_scale: Scale = 0.02  # standard deviation of the initial weights; google: 1 / sqrt(inputs), embeddings 1
     latent_keys: Literal["kv_norm", "q_norm"] = "kv_norm"  # LayerNorm of latents as keys; q_norm: compatibility
@@ -441,6 +488,7 @@ class PerceiverARConfig:
                 "output_bias",
                 "init_scale",
                 "latent_keys",
+                "ngram_sizes",
             )
             for name in options:
                 default = getattr(PerceiverARConfig, name)
@@ -506,7 +554,7 @@ class PerceiverAR(nn.Module):
             dropout=c.post_attention_dropout,
             residual_dropout=c.residual_dropout,
         )
-        self.token_embedding = nn.Embedding(c.vocab_size, c.num_channels)
+        self.token_embedding = TokenEmbedding(c.vocab_size, c.num_channels, c.ngram_sizes, c.num_ngram_buckets)
         self.position_embedding = None
         if c.absolute_positions and not google:
             self.position_embedding = nn.Embedding(c.max_seq_len, c.num_channels)
@@ -518,6 +566,11 @@ class PerceiverAR(nn.Module):
         self.output_weight = nn.Parameter(torch.zeros(c.vocab_size, c.num_channels)) if google else None
         self.output_bias = nn.Parameter(torch.zeros(c.vocab_size)) if c.output_bias else None
         init_weights(self, None if google else c.init_scale)
+
+    @property
+    def num_recent_tokens(self) -> int:
+        """The number of successive tokens that the embedding of the last one depends on."""
+        return max(self.config.ngram_sizes, default=1)
 
     def forward(
         self,
@@ -533,12 +586,14 @@ class PerceiverAR(nn.Module):
         pad_mask     (B, M), true at padding, which must be on the left: the first real token has position 0
         prefix_keep  (B, P'), sorted indices of the prefix positions to keep; the model skips the others. Default: all;
                      in training those of `draw_prefix_keep`
-        step         positions and caches of a decoding step; not together with pad_mask or prefix_keep
+        step         positions and caches of a decoding step; not together with pad_mask or prefix_keep. Its positions
+                     are those of the last tokens; n-grams may need some tokens before these, which are cached
 
         Raises ValueError if M exceeds max_seq_len or num_latents is not between 1 and min(M, N).
         """
         c = self.config
-        batch_size, length = input_ids.shape
+        batch_size = len(input_ids)
+        length = step.positions.shape[1] if step else input_ids.shape[1]
         max_latents = min(length, c.num_latents)
         if num_latents is None:
             num_latents = max_latents
@@ -548,6 +603,7 @@ class PerceiverAR(nn.Module):
             raise ValueError(f"num_latents={num_latents} must be between 1 and {max_latents} for {length} tokens")
 
         positions = step.positions if step else torch.arange(length, device=input_ids.device)[None]  # (1 or B, M)
+        kept = None  # (B, P' + N'), the positions of all tokens that the model does not skip
         prefix_length = length - num_latents
         if prefix_keep is None and self.training and c.cross_attention_dropout:
             prefix_keep = draw_prefix_keep(
@@ -556,14 +612,15 @@ class PerceiverAR(nn.Module):
         if prefix_keep is not None:
             # Drop positions before the embedding: from here on they cost nothing.
             latent_positions = positions[:, prefix_length:].expand(batch_size, -1)
-            positions = torch.cat((prefix_keep, latent_positions), dim=1)  # (B, P' + N')
-            input_ids = input_ids.gather(1, positions)
+            kept = positions = torch.cat((prefix_keep, latent_positions), dim=1)
         if pad_mask is not None:
+            input_ids = input_ids.masked_fill(pad_mask, 0)  # for n-grams: as if the text began here
             num_padded = pad_mask.sum(1, keepdim=True)
             pad_mask = pad_mask.gather(1, positions.expand(batch_size, -1))
             positions = (positions - num_padded).clamp(min=0)  # (B, M)
 
-        x = self.token_embedding(input_ids)  # (B, M, C)
+        x = self.token_embedding(input_ids, kept)
+        x = x[:, -positions.shape[1] :]  # (B, M, C)
         if self.position_embedding is not None:
             x = x + self.position_embedding(positions)
         elif c.architecture == "google":

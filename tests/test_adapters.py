@@ -10,7 +10,7 @@ from perceiver.adapters import (FourierPositions, FourierQueries, GridOutput, In
                                 MultimodalInput, Patches, TiedTokenOutput, TrainablePositions, TrainableQueries,
                                 fourier_features, grid_positions)
 from perceiver.model import (PerceiverDecoder, PerceiverDecoderConfig, PerceiverEncoder, PerceiverEncoderConfig,
-                             PerceiverIO)
+                             PerceiverIO, TokenEmbedding)
 from perceiver.tasks.images import ImageInputConfig
 from perceiver.tasks.masked_lm import MaskedLMConfig, TokenInputConfig
 
@@ -90,6 +90,32 @@ def test_outputs_are_joined_to_a_grid():
 def test_tokens():
     adapter, ids = TokenInputConfig(10, 6, 4).build(0.02), torch.tensor([[1, 9, 3], [0, 0, 5]])
     torch.testing.assert_close(adapter(ids), adapter.features.weight[ids] + adapter.positions.table.weight[:3])
+
+
+def test_ngrams_add_a_vector_for_each_size():
+    """The vector of an n-gram depends on its n tokens alone, wherever it is, and on their order."""
+    config = TokenInputConfig(vocab_size=10, max_seq_len=8, num_input_channels=4, ngram_sizes=(2, 3))
+    embedding = config.build(0.02).features
+    ids = torch.tensor([[1, 2, 3, 7, 1, 2, 3, 3], [3, 2, 1, 0, 0, 0, 0, 0]])
+    torch.testing.assert_close(embedding(ids), embedding.weight[ids])  # n-grams start at 0
+    torch.nn.init.normal_(embedding.ngrams)
+    pairs, triples = embedding.ngram_indices(ids)
+    assert triples[0, 2] == triples[0, 6] != triples[1, 2]
+    assert pairs[0, 1] == pairs[0, 5] and pairs[0, 0] != pairs[0, 4]  # a text starts with padding
+    assert len({*pairs.flatten().tolist()}) == 7 + 5 - 1  # no two n-grams of this test share a vector
+    vectors = embedding.ngrams
+    torch.testing.assert_close(embedding(ids), embedding.weight[ids] + vectors[pairs] + vectors[triples])
+    assert pairs.max() < config.num_ngram_buckets <= triples.min() and triples.max() < 2 * config.num_ngram_buckets
+
+
+def test_ngrams_look_back_only():
+    embedding = TokenEmbedding(262, 4, (3, 6), 1000)
+    torch.nn.init.normal_(embedding.ngrams)
+    ids = torch.randint(262, (1, 50))
+    changed = ids.clone()
+    changed[0, 20] = (ids[0, 20] + 1) % 262
+    differs = (embedding(ids) != embedding(changed)).any(-1)[0].nonzero().flatten()
+    assert differs.tolist() == [20, 21, 22, 23, 24, 25]
 
 
 def test_tied_output_shares_the_embedding():

@@ -134,6 +134,19 @@ def test_test_parts_are_never_used(tmp_path, names):
     assert "".join(texts(load(tmp_path / "outer", val_fraction=0.5))) == text_of(names[0])
 
 
+def test_evaluation_on_the_test_files(tmp_path):
+    write(tmp_path, "train.txt", "valid.txt", "test.txt")
+    assert texts(load(tmp_path)) == (text_of("train.txt"), text_of("valid.txt"))
+    corpus = load(tmp_path, eval_split="test")
+    assert texts(corpus) == (text_of("train.txt"), text_of("test.txt"))
+    assert "of test.txt for test;" in corpus.note
+    (tmp_path / "test.txt").unlink()
+    with pytest.raises(UserError, match="data.eval_split=test.*has no test files"):
+        load(tmp_path, eval_split="test")
+    with pytest.raises(UserError, match="data.eval_split=test.*has no test files"):
+        load(tmp_path / "train.txt", eval_split="test")
+
+
 def test_other_names_do_not_mark_a_split(tmp_path):
     names = ["bus.txt", "latest.txt", "train.txt", "values.txt"]
     assert "".join(texts(load(write(tmp_path / "vehicles", *names)))) == text_of(*names)

@@ -7,7 +7,7 @@ import torch
 from perceiver import decoding
 from perceiver.decoding import Decoder, generate, sample_token, window_bounds
 from perceiver.int8 import quantize
-from test_model import GOOGLE, small_model, tokens
+from test_model import GOOGLE, NGRAMS, small_model, tokens
 
 T, N = 24, 8
 
@@ -33,7 +33,7 @@ def test_window_bounds_fit_into_the_context(stride):
 @pytest.mark.parametrize("options", [
     dict(), dict(latent_keys="q_norm"), dict(absolute_positions=False, num_rotary_layers=-1, output_norm=True),
     dict(absolute_positions=False, latent_keys="q_norm", num_self_attention_layers=0, num_rotary_layers=0),
-    GOOGLE,
+    GOOGLE, NGRAMS,
 ])
 @pytest.mark.parametrize("stride", [1, 3, 4, 8])
 @pytest.mark.parametrize("lengths", [[5], [30], [1, 7, 24, 40]])
@@ -60,7 +60,7 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(decoding, "compiled_step", lambda device: decoding.decode_step)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(latent_keys="q_norm"), GOOGLE])
+@pytest.mark.parametrize("options", [dict(), dict(latent_keys="q_norm"), GOOGLE, NGRAMS])
 @pytest.mark.parametrize("lengths", [[5], [1, 7, 24, 40]])
 @pytest.mark.parametrize("int8", [False, True])
 def test_the_step_that_is_compiled_equals_the_uncached_model(uncompiled, options, lengths, int8):

@@ -49,6 +49,7 @@ def test_equals_krasserm(file, options):
 
 
 GOOGLE = dict(architecture="google")
+NGRAMS = dict(ngram_sizes=(2, 4), num_ngram_buckets=50)
 # Replacements that turn Google's names into ours. Haiku numbers the modules of one kind: linear, linear_1, ...
 HAIKU = [("perceiver_ar/~/", ""), ("perceiver_ar/", ""), ("embed:embeddings", "token_embedding.weight"),
          ("embed_1:embeddings", "position_embedding.weight"), ("cross_attention/layer_norm_2", "cross_attention.mlp.0"),
@@ -123,10 +124,13 @@ def test_the_default_model_has_the_published_size():
     assert sum(p.numel() for p in model.parameters()) == 30_563_078
 
 
-@pytest.mark.parametrize("latent_keys", ["kv_norm", "q_norm"])
+KINDS = [dict(latent_keys="kv_norm"), dict(latent_keys="q_norm"), NGRAMS]
+
+
+@pytest.mark.parametrize("options", KINDS)
 @pytest.mark.parametrize("absolute", [True, False])
-def test_a_token_changes_no_earlier_logit(latent_keys, absolute):
-    model = small_model(latent_keys=latent_keys, absolute_positions=absolute)
+def test_a_token_changes_no_earlier_logit(options, absolute):
+    model = small_model(absolute_positions=absolute, **options)
     ids = tokens(2, 24)
     before = model(ids, 8)
     for changed in range(16, 24):
@@ -147,12 +151,12 @@ def test_the_prefix_is_seen_by_every_latent():
         assert (model(ids, 8) != model(other, 8)).any(-1).all()
 
 
-@pytest.mark.parametrize("latent_keys", ["kv_norm", "q_norm"])
+@pytest.mark.parametrize("options", KINDS)
 @pytest.mark.parametrize("absolute", [True, False])
 @pytest.mark.parametrize("length", [24, 13, 5])
-def test_left_padding_changes_nothing(latent_keys, absolute, length):
+def test_left_padding_changes_nothing(options, absolute, length):
     """This holds even with fewer tokens than latents, when some latents are padding."""
-    model = small_model(latent_keys=latent_keys, absolute_positions=absolute, num_rotary_layers=-1)
+    model = small_model(absolute_positions=absolute, num_rotary_layers=-1, **options)
     ids = tokens(2, 24)
     ids[1, 24 - length :] = ids[0, :length]
     pad_mask = torch.zeros(2, 24, dtype=torch.bool)
@@ -164,8 +168,10 @@ def test_left_padding_changes_nothing(latent_keys, absolute, length):
     assert (padded[0] - model(ids[:1], 8)[0]).abs().max() < 1e-10
 
 
-def test_dropped_prefix_positions_are_as_if_masked():
-    model = small_model()
+@pytest.mark.parametrize("options", [dict(), NGRAMS])
+def test_dropped_prefix_positions_are_as_if_masked(options):
+    """The n-grams are those of the whole text, as when the model generates."""
+    model = small_model(**options)
     ids, keep = tokens(2, 24), torch.tensor([[0, 3, 4, 9], [15, 2, 1, 7]])
     result = model(ids, 8, prefix_keep=keep)
     pad_mask = torch.ones(2, 24, dtype=torch.bool)

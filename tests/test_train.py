@@ -202,6 +202,32 @@ def test_a_run_with_more_steps_reports_the_new_learning_rate(tmp_path, corpus):
     assert [line["lr"] for line in read_metrics(tmp_path / "run")][2:] == pytest.approx([0.00225, 0.00075])
 
 
+def test_eval_only_writes_nothing(tmp_path, corpus):
+    run, data = tmp_path / "run", tmp_path / "data"
+    data.mkdir()
+    for name in ("train.txt", "valid.txt"):
+        (data / name).write_text(corpus.read_text())
+    (data / "test.txt").write_text("0 1 2 3 4 5 6 7 8 9 " * 20)
+    common = [f"data.path={data}", f"train.out_dir={run}"]
+    result = run_train(*common, "train.eval_only=true")
+    assert result.returncode == 2 and f"train.eval_only: {run} has no checkpoint" in result.stderr
+    assert run_train(*common, "train.max_steps=3", "train.eval_every=2", "optim.lr=0.01").returncode == 0
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
+    val = read_metrics(run, "val")
+
+    again = run_train(*common, "train.eval_only=true", "train.max_steps=100")
+    assert again.returncode == 0 and f"validation: {val[-1]['bits_per_byte']:.3f} bits per byte" in again.stdout
+    (run / "checkpoints/best.pt").replace(tmp_path / "step2.pt")  # an earlier checkpoint, elsewhere
+    older = run_train(*common, "train.eval_only=true", f"train.resume={tmp_path}/step2.pt")
+    (tmp_path / "step2.pt").replace(run / "checkpoints/best.pt")
+    assert older.returncode == 0 and "validation: " in older.stdout, older.stderr
+    test = run_train(*common, "train.eval_only=true", "data.eval_split=test")
+    assert re.search(r"^test: \d.*for the same 199 bytes", test.stdout, re.M), test.stdout
+    for result in again, older, test:
+        assert "is complete" not in result.stdout
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*") if file.is_file()}.items() <= before.items()
+
+
 @pytest.mark.parametrize("args, message", [
     (["model.num_latents=999"], "model.num_latents=999 exceeds"),
     (["model.num_heads=3"], "num_heads=3"),

@@ -20,7 +20,7 @@ from perceiver.config import Count, NonNegative
 from perceiver.data import IGNORE, ByteTokenizer, CorpusConfig, Example, Tokens, example_rng, load_corpus, pad_right
 from perceiver.errors import UserError
 from perceiver.io import progress, read_text, save_picture, say, shorten
-from perceiver.model import PerceiverDecoder, PerceiverIO, PerceiverIOConfig, init_weights
+from perceiver.model import NgramSizes, PerceiverDecoder, PerceiverIO, PerceiverIOConfig, TokenEmbedding, init_weights
 from perceiver.tasks.base import Task, token_sums, unigram_bits
 
 
@@ -29,13 +29,16 @@ class TokenInputConfig:
     vocab_size: Count = 262  # V: 262 for bytes
     max_seq_len: Count = 2048  # M: number of positions; a shorter input takes the first ones
     num_input_channels: Count = 768  # C: channels of embeddings and positions, which are added
+    ngram_sizes: NgramSizes = ()  # embed the n-grams of these n, too; see TokenEmbedding
+    num_ngram_buckets: Count = 20_000  # vectors for each n
 
     def build(self, init_scale: float) -> InputAdapter:
         """Tokens (B, M) -> (B, M, C)."""
-        embedding = nn.Embedding(self.vocab_size, self.num_input_channels)
-        positions = TrainablePositions((self.max_seq_len,), self.num_input_channels, init_scale=init_scale)
+        num_channels = self.num_input_channels
+        embedding = TokenEmbedding(self.vocab_size, num_channels, self.ngram_sizes, self.num_ngram_buckets)
+        positions = TrainablePositions((self.max_seq_len,), num_channels, init_scale=init_scale)
         init_weights(embedding, init_scale)
-        return InputAdapter(embedding, self.num_input_channels, positions, "add")
+        return InputAdapter(embedding, num_channels, positions, "add")
 
 
 @dataclass
@@ -199,8 +202,8 @@ class MaskedLM(Task):
         """The validation result beside the unigram baseline, which ignores the text around a byte."""
         baseline = unigram_bits(self.train_tokens, self.val_set)
         return (
-            f"validation: {metrics['bits_per_byte']:.3f} bits per masked byte, {metrics['accuracy']:.1%} of these "
-            f"bytes right; the unigram baseline has {baseline:.3f} bits"
+            f"{self.config.data.eval_name}: {metrics['bits_per_byte']:.3f} bits per masked byte, "
+            f"{metrics['accuracy']:.1%} of these bytes right; the unigram baseline has {baseline:.3f} bits"
         )
 
     def predict(self, model, args):

@@ -105,7 +105,7 @@ class CausalLM(Autoregression):
         gzip_bits = 8 * len(gzip.compress(self.val_text, 9)) / size
         xz_bits = 8 * len(lzma.compress(self.val_text, preset=9)) / size
         return (
-            f"validation: {metrics['bits_per_byte']:.3f} bits per byte; for the same {size:,} bytes "
+            f"{self.config.data.eval_name}: {metrics['bits_per_byte']:.3f} bits per byte; for the same {size:,} bytes "
             f"gzip -9 needs {gzip_bits:.3f} and xz -9 {xz_bits:.3f}"
         )
 
