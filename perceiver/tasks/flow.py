@@ -6,7 +6,7 @@ Shapes: B pairs of frames, H x W pixels; M inputs, C channels and O outputs are 
 
 import re
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Literal
@@ -313,7 +313,7 @@ def draw_pair(rng, frame_shape, max_motion):
     them. Each pixel of the second frame looks up the point that moved to it. So the flow is exact.
     """
     height, width = frame_shape
-    size = torch.tensor([width, height])
+    size = torch.tensor([width, height], dtype=torch.float32)
     rows, columns = np.indices(frame_shape, dtype=np.float32)
     pixels = torch.tensor(np.stack((columns, rows), axis=-1))  # (H, W, 2)
 
@@ -363,32 +363,41 @@ def turn_and_zoom(angle, zoom):
 
 
 def draw_texture(rng, shape):
-    """A texture (3, H, W) in [-1, 1]. The amplitude at frequency f is about 1 / f, as in photos.
-
-    Half of the textures also have patches of a second color with sharp edges.
-    """
-    down, right = np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1])
-    frequencies = np.hypot(down, right) + 1 / sum(shape)  # the sum avoids a division by 0
-    white = rng.standard_normal((5, *shape), dtype=np.float32)
-    slopes = np.array([rng.uniform(0.8, 2.0)] * 4 + [2.0])
-    noise = np.fft.irfft2(np.fft.rfft2(white) * frequencies ** -slopes[:, None, None], shape)
-    noise /= noise.std((1, 2), keepdims=True)
-
+    """A texture (3, H, W). Half of the textures also have patches of a second color with sharp edges."""
+    noise = noise_maps(*shape)
+    gray, patches, *colors = noise[rng.integers(len(noise), size=5)]
+    base, second = torch.from_numpy(rng.uniform((-0.8, -0.4), (0.8, 0.4), (3, 2))).float().T[..., None, None]
     saturation = rng.uniform(0, 0.7)
-    colors = saturation * noise[:3] + (1 - saturation) * noise[3]
-    colors = rng.uniform(-0.8, 0.8, (3, 1, 1)) + rng.uniform(0.03, 0.5) * colors
+    texture = saturation * torch.stack(colors) + (1 - saturation) * gray
+    texture = base + rng.uniform(0.03, 0.5) * texture
     if rng.random() < 0.5:
-        patches = np.tanh(noise[4] * rng.uniform(3, 12))
-        colors = colors + patches * rng.normal(0, 0.25, (3, 1, 1))
-    return torch.from_numpy(colors).float().clamp(-1, 1)
+        texture = texture + second * torch.tanh(rng.uniform(3, 12) * patches)
+    return texture.clamp(-1, 1)
+
+
+@lru_cache(maxsize=1)  # one Fourier transform per texture would take half the time of training
+def noise_maps(height, width):
+    """Images of noise (1024, H, W) with mean 0 and variance 1.
+
+    As in photos, the amplitude at frequency f is about 1 / f: 1 / f ** 0.8 in the first image, 1 / f ** 2 in the last.
+    """
+    rng = np.random.default_rng(0)
+    down, right = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)
+    frequencies = np.hypot(down, right)
+    frequencies[0, 0] = np.inf  # the mean becomes 0
+    slopes = np.linspace(0.8, 2.0, 1024)[:, None, None]
+    white = rng.standard_normal((len(slopes), height, width))
+    noise = np.fft.irfft2(np.fft.rfft2(white) / frequencies**slopes, (height, width))
+    noise /= noise.std((1, 2), keepdims=True)
+    return torch.from_numpy(noise).float()
 
 
 def add_noise(rng, frames):
     """Adds what a camera adds: the second frame has another brightness and contrast, and all pixels have noise."""
-    gain, offset = torch.ones(2, 1, 1, 1), torch.zeros(2, 1, 1, 1)
-    gain[1], offset[1] = rng.normal(1, 0.05), rng.normal(0, 0.05)
+    first, second = frames
+    second = rng.normal(1, 0.05) * second + rng.normal(0, 0.05)
     noise = torch.from_numpy(rng.standard_normal(frames.shape, dtype=np.float32))
-    return (gain * frames + offset + rng.exponential(0.02) * noise).clamp(-1, 1)
+    return (torch.stack((first, second)) + rng.exponential(0.02) * noise).clamp(-1, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
