@@ -23,7 +23,7 @@ from perceiver.pretrained import from_pretrained
 from perceiver.tasks import TASKS
 from perceiver.tasks.flow import (FlowDataConfig, FrameFeatures, FrameInputConfig, OpticalFlow, OpticalFlowConfig,
                                   add_noise, coarse_to_fine, compute_flow, draw_pair, enlarge_flow, load_flow,
-                                  move_back, read_flow, tile_starts, write_flo)
+                                  move_back, read_flow, read_frame, tile_starts, write_flo)
 from perceiver.tasks.video import write_video
 
 TILE = (24, 40)  # size of the model's frames
@@ -597,7 +597,7 @@ def test_random_pixels_are_a_part_of_all_pixels():
 
 
 def test_flow_is_learned(tmp_path):
-    """150 of the recipe's 5000 steps lower the error. docs/show.py writes a picture of the run."""
+    """150 of the recipe's 6000 steps lower the error. docs/show.py writes a picture of the run."""
     run, ckpt = tmp_path / "run", tmp_path / "run" / "checkpoints" / "best.pt"
     result = run_script("train.py", "configs/flow.yaml", f"train.out_dir={run}", "train.max_steps=150",
                         "train.eval_every=150", "optim.warmup_steps=30", "data.val_size=64", "data.num_workers=0")
@@ -609,6 +609,36 @@ def test_flow_is_learned(tmp_path):
     assert run_script("docs/show.py", ckpt, "flow", tmp_path / "flow.png").returncode == 0
     with Image.open(tmp_path / "flow.png") as picture:  # enlarged frames in four rows and three columns
         assert picture.width > 3 * 160 and picture.height > 4 * 120
+
+
+@torch.inference_mode()
+def test_the_errors_of_real_pairs_are_measured_scene_by_scene(tmp_path):
+    """benchmarks/flow_pairs.py. Here the scenes have several sizes, and some pixels of unknown flow."""
+    wide = (30, 60)
+    middlebury(tmp_path / "other-data", dict(a=WHOLE, b=WHOLE, c=wide, d=WHOLE, e=wide))
+    ckpt, model = new_checkpoint(tmp_path / "flow.pt", "optical_flow", None, {
+        "decoder": {"num_cross_attention_heads": 1}, "coarse_to_fine": True,
+        "input": {"frame_shape": [12, 16], "num_feature_channels": 8, "num_frequency_bands": 2}})
+    result = run_script("benchmarks/flow_pairs.py", ckpt, tmp_path, "--picture", tmp_path / "flow.png")
+    assert result.returncode == 0, result.stderr
+    rows = {cells[0]: [float(cell) for cell in cells[1:3]] for cells in re.findall(
+        r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \|", result.stdout, re.MULTILINE)}
+    for scene in "abcde":
+        pair = [read_frame(tmp_path / f"other-data/{scene}/frame{n}.png") for n in (10, 11)]
+        *true, valid = read_flow(tmp_path / f"other-gt-flow/{scene}/flow10.flo")
+        true, known = torch.stack(true, -1), valid > 0
+        assert known.logical_not().sum() == 2
+        error = (coarse_to_fine(model, torch.stack(pair), (12, 16)) - true).square().sum(-1).sqrt()
+        still = true.square().sum(-1).sqrt()
+        assert rows[scene] == pytest.approx([error[known].mean().item(), still[known].mean().item()], abs=6e-4)
+    val = load_flow(FlowDataConfig(dataset="middlebury", path=str(tmp_path)), SHAPE, seed=0)[1]
+    held_out = sorted(first.parent.name for first, *_ in val.pairs)
+    others = sorted(set("abcde") - set(held_out))
+    names = [*others, f"mean of {len(others)} other scenes", *held_out, f"mean of {len(held_out)} held-out scenes"]
+    assert list(rows) == names
+    for title, scenes in ((names[len(others)], others), (names[-1], held_out)):
+        assert rows[title] == pytest.approx(np.mean([rows[scene] for scene in scenes], axis=0), abs=1e-3)
+    assert Image.open(tmp_path / "flow.png").width > 3 * 240
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -157,8 +157,11 @@ def compute_flow(model: nn.Module, frames: Tensor, tile) -> Tensor:
     starts = list(product(*map(tile_starts, size, tile)))
     batch_size = max(1, TILE_PIXELS // (h * w))
     for first in range(0, len(starts), batch_size):
-        boxes = [(slice(top, top + h), slice(left, left + w)) for top, left in starts[first : first + batch_size]]
-        tile_flows = model(torch.stack([frames[:, :, *box] for box in boxes]))
+        boxes = []
+        for top, left in starts[first : first + batch_size]:
+            boxes.append((slice(top, top + h), slice(left, left + w)))
+        tiles = torch.stack([frames[:, :, *box] for box in boxes])
+        tile_flows = model(tiles)
         for box, tile_flow in zip(boxes, tile_flows):
             total[box] += weight
             share = weight / total[box]
@@ -321,7 +324,7 @@ def draw_pair(rng, frame_shape, max_motion):
         return torch.from_numpy(rng.uniform(low, high, 2)).float()
 
     # Short motions are frequent: coarse-to-fine leaves them.
-    camera_reach, object_reach = max_motion * rng.uniform(0, 1, 2) ** 1.5
+    camera_reach, object_reach = max_motion * rng.uniform(0, 1, 2) ** 2
     camera = draw_point(-camera_reach, camera_reach)  # shift of the background; objects have it too
     blur = rng.uniform(0.5, 2.0)  # width of the edges of objects in pixels
     for layer in range(rng.integers(1, 6)):  # the background, then up to four objects
@@ -329,15 +332,17 @@ def draw_pair(rng, frame_shape, max_motion):
         shift = camera
         if layer > 0:
             shift = (camera + draw_point(-object_reach, object_reach)).clamp(-max_motion, max_motion)
-        angle, zoom = rng.normal(0, 0.03), rng.normal(1, 0.03)
-        transform, inverse = turn_and_zoom(angle, zoom), turn_and_zoom(-angle, 1 / zoom)
+        angle = rng.normal(0, 0.03)
+        zoom = rng.normal(1, 0.03)
+        transform = turn_and_zoom(angle, zoom)
+        inverse = turn_and_zoom(-angle, 1 / zoom)
         target = (pixels - center) @ transform.T + center + shift  # where pixels of the first frame move to
         source = (pixels - center - shift) @ inverse.T + center  # where pixels of the second come from
         motion = target - pixels
         points = torch.stack((pixels, source))  # (2, H, W, 2)
 
         textures = draw_texture(rng, frame_shape).expand(2, -1, -1, -1)
-        places = (2 * points + 1) / size - 1
+        places = rng.uniform(0.3, 0.8) * ((2 * points + 1) / size - 1)  # enlarged: lenses blur the finest detail
         colors = F.grid_sample(textures, places, padding_mode="reflection", align_corners=False)  # (2, 3, H, W)
         if layer == 0:
             frames, flow = colors, motion
@@ -366,7 +371,8 @@ def draw_texture(rng, shape):
     """A texture (3, H, W). Half of the textures also have patches of a second color with sharp edges."""
     noise = noise_maps(*shape)
     gray, patches, *colors = noise[rng.integers(len(noise), size=5)]
-    base, second = torch.from_numpy(rng.uniform((-0.8, -0.4), (0.8, 0.4), (3, 2))).float().T[..., None, None]
+    two_colors = rng.uniform((-0.8, -0.4), (0.8, 0.4), (3, 2))
+    base, second = torch.from_numpy(two_colors).float().T[..., None, None]  # each (3, 1, 1)
     saturation = rng.uniform(0, 0.7)
     texture = saturation * torch.stack(colors) + (1 - saturation) * gray
     texture = base + rng.uniform(0.03, 0.5) * texture
@@ -387,7 +393,8 @@ def noise_maps(height, width):
     frequencies[0, 0] = np.inf  # the mean becomes 0
     slopes = np.linspace(0.8, 2.0, 1024)[:, None, None]
     white = rng.standard_normal((len(slopes), height, width))
-    noise = np.fft.irfft2(np.fft.rfft2(white) / frequencies**slopes, (height, width))
+    spectrum = np.fft.rfft2(white) / frequencies**slopes
+    noise = np.fft.irfft2(spectrum, (height, width))
     noise /= noise.std((1, 2), keepdims=True)
     return torch.from_numpy(noise).float()
 
@@ -396,8 +403,10 @@ def add_noise(rng, frames):
     """Adds what a camera adds: the second frame has another brightness and contrast, and all pixels have noise."""
     first, second = frames
     second = rng.normal(1, 0.05) * second + rng.normal(0, 0.05)
+    frames = torch.stack((first, second))
     noise = torch.from_numpy(rng.standard_normal(frames.shape, dtype=np.float32))
-    return (torch.stack((first, second)) + rng.exponential(0.02) * noise).clamp(-1, 1)
+    frames = frames + rng.exponential(0.02) * noise
+    return frames.clamp(-1, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
