@@ -6,7 +6,7 @@ Shapes: B pairs of frames, H x W pixels; M inputs, C channels and O outputs are 
 
 import re
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Literal
@@ -37,25 +37,31 @@ from perceiver.tasks.video import SUFFIXES, num_video_frames, video_frames
 
 
 class FrameFeatures(nn.Module):
-    """Two frames (B, 2, 3, H, W) -> features (B, H, W, C): a linear map of the 3x3 patches around each pixel.
+    """Two frames (B, 2, 3, H, W) -> features (B, H, W, C): a linear map of the patches around each pixel.
 
     A pixel has one patch in each frame; outside a frame there are zeros. The weights of a channel have the order frame,
     row, column, color (Perceiver IO, appendix H; DeepMind's optical_flow colab). A convolution computes the map, so no
     tensor holds all patches.
     """
 
-    def __init__(self, num_channels: int, init_scale=0.02):
+    def __init__(self, num_channels: int, init_scale=0.02, patch_size=3, normalize=False):
         super().__init__()
-        self.linear = nn.Linear(2 * 3 * 3 * 3, num_channels)
+        self.patch_size = patch_size
+        self.normalize = normalize
+        self.linear = nn.Linear(2 * patch_size**2 * 3, num_channels)
         init_weights(self, init_scale)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Raises ValueError unless `frames` has the shape (B, 2, 3, H, W)."""
         if frames.shape[1:3] != (2, 3):
             raise ValueError(f"frames of shape {tuple(frames.shape)}, expected (batch, 2, 3, height, width)")
-        weight = self.linear.weight.unflatten(1, (2, 3, 3, 3))  # (C, frame, row, column, color)
-        kernels = weight.movedim(-1, 2).flatten(1, 2)  # (C, 6, 3, 3)
-        features = F.conv2d(frames.flatten(1, 2), kernels, self.linear.bias, padding=1)
+        if self.normalize:
+            frames = frames - frames.mean((1, 3, 4), keepdim=True)
+            frames = frames / (frames.std((1, 2, 3, 4), keepdim=True) + 0.02)  # 0.02: noise is not worth more
+        k = self.patch_size
+        weight = self.linear.weight.unflatten(1, (2, k, k, 3))  # (C, frame, row, column, color)
+        kernels = weight.movedim(-1, 2).flatten(1, 2)  # (C, 6, k, k)
+        features = F.conv2d(frames.flatten(1, 2), kernels, self.linear.bias, padding=k // 2)
         return features.movedim(1, -1)
 
 
@@ -87,10 +93,16 @@ class FrameInputConfig:
     num_feature_channels: Count = 64  # output channels of FrameFeatures
     num_frequency_bands: Count = 64  # K, Fourier bands of the positions; positions are concatenated to features
     max_resolution: tuple[Count, Count] | None = None  # twice the highest frequency per axis; null: frame_shape
+    patch_size: Count = 3  # rows and columns of the patches that FrameFeatures sees; odd
+    normalize: bool = False  # give each pair a mean color of 0 and a standard deviation of about 1
+
+    def __post_init__(self):
+        if self.patch_size % 2 == 0:
+            raise ValueError(f"patch_size={self.patch_size} must be odd: a patch has a pixel at its center")
 
     def build(self, init_scale) -> InputAdapter:
         """Frames (B, 2, 3, H, W) -> (B, H * W, C)."""
-        features = FrameFeatures(self.num_feature_channels, init_scale)
+        features = FrameFeatures(self.num_feature_channels, init_scale, self.patch_size, self.normalize)
         positions = FourierPositions(self.frame_shape, self.num_frequency_bands, self.max_resolution)
         return InputAdapter(features, self.num_feature_channels, positions)
 
@@ -100,6 +112,7 @@ class OpticalFlowConfig(PerceiverIOConfig):
     """Two frames to flow. The query of each pixel is its adapted input."""
 
     input: FrameInputConfig = field(default_factory=FrameInputConfig)
+    coarse_to_fine: bool = False  # frames larger than frame_shape: start on small copies of them
 
     def __post_init__(self):
         if self.decoder is None:
@@ -121,6 +134,8 @@ class OpticalFlowConfig(PerceiverIOConfig):
 # ----------------------------------------------------------------------------------------------------------------------
 # Frames of any size, in tiles
 
+TILE_PIXELS = 2**15  # small tiles form batches of up to so many pixels: half the time on a CPU
+
 
 def compute_flow(model: nn.Module, frames: Tensor, tile) -> Tensor:
     """Two frames (2, 3, H, W) in [-1, 1] -> flow (H, W, 2). The model runs on tiles of size `tile` (height, width).
@@ -139,13 +154,50 @@ def compute_flow(model: nn.Module, frames: Tensor, tile) -> Tensor:
     weight = weight.to(frames)[..., None]
     flow = frames.new_zeros(*size, 2)
     total = torch.zeros_like(flow)  # sum of the weights so far
-    for top, left in product(*map(tile_starts, size, tile)):
-        box = slice(top, top + h), slice(left, left + w)
-        tile_flow = model(frames[None, :, :, *box])[0]
-        total[box] += weight
-        share = weight / total[box]
-        flow[box] += share * (tile_flow - flow[box])  # a running mean, exact where tiles agree
+    starts = list(product(*map(tile_starts, size, tile)))
+    batch_size = max(1, TILE_PIXELS // (h * w))
+    for first in range(0, len(starts), batch_size):
+        boxes = []
+        for top, left in starts[first : first + batch_size]:
+            boxes.append((slice(top, top + h), slice(left, left + w)))
+        tiles = torch.stack([frames[:, :, *box] for box in boxes])
+        tile_flows = model(tiles)
+        for box, tile_flow in zip(boxes, tile_flows):
+            total[box] += weight
+            share = weight / total[box]
+            flow[box] += share * (tile_flow - flow[box])  # a running mean, exact where tiles agree
     return flow[:height, :width]
+
+
+def coarse_to_fine(model: nn.Module, frames: Tensor, tile) -> Tensor:
+    """Two frames (2, 3, H, W) in [-1, 1] -> flow (H, W, 2), also where a motion is too long for the model.
+
+    It computes the flow of frames of half the size first, in the same way. Then it moves the second frame back by twice
+    that flow, and the model only finds the rest. The smallest frames are one to two tiles high or wide.
+    """
+    height, width = frames.shape[2:]
+    if height < 2 * tile[0] or width < 2 * tile[1]:
+        return compute_flow(model, frames, tile)
+    small = F.interpolate(frames, (height // 2, width // 2), mode="area")
+    flow = enlarge_flow(coarse_to_fine(model, small, tile), height, width)
+    moved = move_back(frames[1], flow)
+    return flow + compute_flow(model, torch.stack((frames[0], moved)), tile)
+
+
+def enlarge_flow(flow, height, width):
+    """Flow (h, w, 2) -> flow (H, W, 2) of frames of that size."""
+    scale = flow.new_tensor([width / flow.shape[1], height / flow.shape[0]])
+    channels = (scale * flow).movedim(-1, 0)[None]  # (1, 2, h, w)
+    return F.interpolate(channels, (height, width), mode="bilinear")[0].movedim(0, -1)
+
+
+def move_back(frame, flow):
+    """Colors (3, H, W): each pixel gets the color of `frame` at the place where `flow` (H, W, 2) leads."""
+    height, width = frame.shape[1:]
+    columns, rows = torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy")
+    places = torch.stack((columns, rows), dim=-1).to(flow) + flow
+    places = (2 * places + 1) / flow.new_tensor([width, height]) - 1
+    return F.grid_sample(frame[None], places[None], padding_mode="border", align_corners=False)[0]
 
 
 def edge_distance(size):
@@ -252,6 +304,7 @@ class GeneratedFlow(Dataset):
     def __getitem__(self, key):
         rng = np.random.default_rng((self.seed, *np.atleast_1d(key)))
         frames, flow, _ = draw_pair(rng, self.frame_shape, self.config.max_motion)
+        frames = add_noise(rng, frames)
         valid = torch.ones(self.frame_shape, dtype=torch.bool)
         return make_example(frames, flow, valid, self.num_queries, rng.permutation)
 
@@ -263,42 +316,97 @@ def draw_pair(rng, frame_shape, max_motion):
     them. Each pixel of the second frame looks up the point that moved to it. So the flow is exact.
     """
     height, width = frame_shape
-    size = torch.tensor([width, height])
-    rows, columns = np.indices(frame_shape)
+    size = torch.tensor([width, height], dtype=torch.float32)
+    rows, columns = np.indices(frame_shape, dtype=np.float32)
     pixels = torch.tensor(np.stack((columns, rows), axis=-1))  # (H, W, 2)
 
     def draw_point(low, high):
         return torch.from_numpy(rng.uniform(low, high, 2)).float()
 
-    for layer in range(rng.integers(2, 5)):  # the background, then one to three objects
-        center = draw_point(0.1, 0.9) * size
-        angle = rng.uniform(-0.1, 0.1)
-        zoom = rng.uniform(0.95, 1.05)
-        cosine, sine = np.cos(angle), np.sin(angle)
-        transform = zoom * torch.tensor([[cosine, -sine], [sine, cosine]]).float()
-        shift = draw_point(-max_motion, max_motion)
+    # Short motions are frequent: coarse-to-fine leaves them.
+    camera_reach, object_reach = max_motion * rng.uniform(0, 1, 2) ** 2
+    camera = draw_point(-camera_reach, camera_reach)  # shift of the background; objects have it too
+    blur = rng.uniform(0.5, 2.0)  # width of the edges of objects in pixels
+    for layer in range(rng.integers(1, 6)):  # the background, then up to four objects
+        center = draw_point(0, 1) * size
+        shift = camera
+        if layer > 0:
+            shift = (camera + draw_point(-object_reach, object_reach)).clamp(-max_motion, max_motion)
+        angle = rng.normal(0, 0.03)
+        zoom = rng.normal(1, 0.03)
+        transform = turn_and_zoom(angle, zoom)
+        inverse = turn_and_zoom(-angle, 1 / zoom)
         target = (pixels - center) @ transform.T + center + shift  # where pixels of the first frame move to
-        source = (pixels - center - shift) @ transform.inverse().T + center  # where pixels of the second come from
+        source = (pixels - center - shift) @ inverse.T + center  # where pixels of the second come from
         motion = target - pixels
         points = torch.stack((pixels, source))  # (2, H, W, 2)
 
-        texture = rng.normal(size=(3, height // 3, width // 3))  # a new color every 3 pixels
-        textures = torch.from_numpy(texture).float().expand(2, -1, -1, -1)
-        places = 2 * points / size - 1
-        colors = F.grid_sample(textures, places, padding_mode="reflection", align_corners=False)
-        colors = colors.tanh()  # (2, 3, H, W)
+        textures = draw_texture(rng, frame_shape).expand(2, -1, -1, -1)
+        places = rng.uniform(0.3, 0.8) * ((2 * points + 1) / size - 1)  # enlarged: lenses blur the finest detail
+        colors = F.grid_sample(textures, places, padding_mode="reflection", align_corners=False)  # (2, 3, H, W)
         if layer == 0:
             frames, flow = colors, motion
             layers = torch.zeros(2, height, width)
             continue
-        radii = draw_point(0.15, 0.35) * size
-        power = rng.choice([2, 8])  # 2: an ellipse, 8: almost a box
-        distance = (points - center) / radii
-        inside = distance.abs().pow(power).sum(-1) < 1  # (2, H, W)
-        frames = torch.where(inside[:, None], colors, frames)
+        radii = draw_point(0.1, 0.6) * height
+        places = (points - center) @ turn_and_zoom(rng.uniform(0, np.pi), 1.0) / radii
+        places = places + 0.2 * torch.sin(2 * places.flip(-1) + draw_point(0, 6))  # bends straight edges
+        power = int(rng.choice([2, 8]))  # 2: an ellipse, 8: almost a box
+        distance = places.pow(power).sum(-1).pow(1 / power)  # 1 at the edge
+        cover = ((1 - distance) * radii.min() / blur + 0.5).clamp(0, 1)  # (2, H, W)
+        inside = cover > 0.5
+        frames = torch.lerp(frames, colors, cover[:, None])
         flow = torch.where(inside[0, ..., None], motion, flow)
         layers = layers.masked_fill(inside, layer)
     return frames, flow, layers
+
+
+def turn_and_zoom(angle, zoom):
+    """The matrix (2, 2) that turns points by `angle` and multiplies them by `zoom`."""
+    cosine, sine = np.cos(angle), np.sin(angle)
+    return torch.tensor([[cosine, -sine], [sine, cosine]], dtype=torch.float32) * zoom
+
+
+def draw_texture(rng, shape):
+    """A texture (3, H, W). Half of the textures also have patches of a second color with sharp edges."""
+    noise = noise_maps(*shape)
+    gray, patches, *colors = noise[rng.integers(len(noise), size=5)]
+    two_colors = rng.uniform((-0.8, -0.4), (0.8, 0.4), (3, 2))
+    base, second = torch.from_numpy(two_colors).float().T[..., None, None]  # each (3, 1, 1)
+    saturation = rng.uniform(0, 0.7)
+    texture = saturation * torch.stack(colors) + (1 - saturation) * gray
+    texture = base + rng.uniform(0.03, 0.5) * texture
+    if rng.random() < 0.5:
+        texture = texture + second * torch.tanh(rng.uniform(3, 12) * patches)
+    return texture.clamp(-1, 1)
+
+
+@lru_cache(maxsize=1)  # one Fourier transform per texture would take half the time of training
+def noise_maps(height, width):
+    """Images of noise (1024, H, W) with mean 0 and variance 1.
+
+    As in photos, the amplitude at frequency f is about 1 / f: 1 / f ** 0.8 in the first image, 1 / f ** 2 in the last.
+    """
+    rng = np.random.default_rng(0)
+    down, right = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)
+    frequencies = np.hypot(down, right)
+    frequencies[0, 0] = np.inf  # the mean becomes 0
+    slopes = np.linspace(0.8, 2.0, 1024)[:, None, None]
+    white = rng.standard_normal((len(slopes), height, width))
+    spectrum = np.fft.rfft2(white) / frequencies**slopes
+    noise = np.fft.irfft2(spectrum, (height, width))
+    noise /= noise.std((1, 2), keepdims=True)
+    return torch.from_numpy(noise).float()
+
+
+def add_noise(rng, frames):
+    """Adds what a camera adds: the second frame has another brightness and contrast, and all pixels have noise."""
+    first, second = frames
+    second = rng.normal(1, 0.05) * second + rng.normal(0, 0.05)
+    frames = torch.stack((first, second))
+    noise = torch.from_numpy(rng.standard_normal(frames.shape, dtype=np.float32))
+    frames = frames + rng.exponential(0.02) * noise
+    return frames.clamp(-1, 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -448,7 +556,8 @@ class OpticalFlow(Task):
         frame_shape = self.config.model.input.frame_shape
         if frames.shape[3:] == frame_shape:
             return model(frames)
-        return torch.stack([compute_flow(model, pair, frame_shape) for pair in frames])
+        compute = coarse_to_fine if self.config.model.coarse_to_fine else compute_flow
+        return torch.stack([compute(model, pair, frame_shape) for pair in frames])
 
     def loss(self, model, batch):
         frames, flow, valid = batch["frames"], batch["flow"], batch["valid"]
