@@ -68,7 +68,7 @@ def train(config: Config, ranks: Ranks) -> int:
         step, best_loss, note = checkpoint.resume(source, config, model, optimizer, device, TASKS)
         say(note)
     elif options.eval_only:
-        raise UserError(f"train.eval_only: {options.out_dir} has no checkpoint; train first, or set train.resume to one")
+        raise UserError(f"train.eval_only=true: {options.out_dir} has no checkpoint; set train.resume to one")
     elif getattr(config.model, "init_from", None):
         init_weights_from(model, config.model.init_from, config)
     ranks.barrier()  # the main rank may move the checkpoint only after all ranks have read it

@@ -210,7 +210,7 @@ def test_eval_only_writes_nothing(tmp_path, corpus):
     (data / "test.txt").write_text("0 1 2 3 4 5 6 7 8 9 " * 20)
     common = [f"data.path={data}", f"train.out_dir={run}"]
     result = run_train(*common, "train.eval_only=true")
-    assert result.returncode == 2 and f"train.eval_only: {run} has no checkpoint" in result.stderr
+    assert result.returncode == 2 and f"train.eval_only=true: {run} has no checkpoint" in result.stderr
     assert run_train(*common, "train.max_steps=3", "train.eval_every=2", "optim.lr=0.01").returncode == 0
     before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
     val = read_metrics(run, "val")
