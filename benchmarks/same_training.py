@@ -1,6 +1,6 @@
 """Trains our models and those of other projects from the same weights on the same batches, and compares the losses.
 
-    python benchmarks/same_training.py [--rows ar mlm] [--dtype float32 float64] [--steps 300] [--peer-dir FOLDER]
+    python benchmarks/same_training.py [--rows ar mlm] [--dtype float32 float64] [--steps 300] [--lr 1e-3]
 
 The rows are Perceiver AR beside krasserm's CausalSequenceModel, and the masked language model beside transformers'
 PerceiverForMaskedLM. The models are small. They start from the peer's initial weights, without dropout, and learn the
@@ -30,7 +30,7 @@ from perceiver.tasks.masked_lm import MaskedWindows
 CONTEXT = 256
 LATENTS = 64
 BATCH_SIZE = 8
-OPTIM = {"lr": 1e-3, "weight_decay": 0.01, "max_grad_norm": 0.5}
+OPTIM = {"weight_decay": 0.01, "max_grad_norm": 0.5}
 DISTURBANCE = 1e-7  # standard deviation, as a part of each weight
 SHOWN = (1, 2, 5, 10, 20, 50, 100, 200, 300)  # steps
 LAST = 50  # steps at the end that the table averages
@@ -69,18 +69,19 @@ def train(row: str, dtype: str, args) -> tuple[int, dict[str, list[float]]]:
     """The number of parameters, and the losses of all steps: of our side, the peer, and our side disturbed."""
     _, peer, our_options, peer_options = ROWS[row]
     losses = {}
+    optim = OPTIM | {"lr": args.lr}
     with tempfile.TemporaryDirectory() as folder:
         batches, weights = f"{folder}/batches.pt", f"{folder}/weights.pt"
         write_batches(row, args.steps, batches)
         with Process(peer, peer_folder(peer, args), "cpu", "float32") as theirs:
             parameters = theirs("new_model", model=row, options=peer_options, dtype=dtype)["parameters"]
             theirs("save_weights", file=weights)
-            losses["peer"] = theirs("train", file=batches, optim=OPTIM)["losses"]
+            losses["peer"] = theirs("train", file=batches, optim=optim)["losses"]
         for name, disturbance in (("ours", 0.0), ("disturbed", DISTURBANCE)):
             with Process("ours", ROOT, "cpu", "float32") as ours:
                 assert ours("new_model", model=row, options=our_options, dtype=dtype)["parameters"] == parameters
                 ours("load_weights", file=weights, disturbance=disturbance)
-                losses[name] = ours("train", file=batches, optim=OPTIM)["losses"]
+                losses[name] = ours("train", file=batches, optim=optim)["losses"]
     return parameters, losses
 
 
@@ -103,6 +104,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--dtype", nargs="+", choices=("float32", "float64"), default=["float32", "float64"])
     parser.add_argument("--steps", type=int, default=SHOWN[-1])
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--peer-dir", type=Path, help=f"folder of krasserm's package, if not {FOLDERS['krasserm']}")
     args = parser.parse_args()
     if args.steps < 1:
@@ -116,7 +118,10 @@ def main() -> None:
         work, peer, *_ = ROWS[row]
         for dtype in args.dtype:
             parameters, losses = train(row, dtype, args)
-            print(f"\n## {work}, {peer}, {parameters:,} parameters, {dtype}\n\n{table(losses)}", flush=True)
+            print(
+                f"\n## {work}, {peer}, {parameters:,} parameters, {dtype}, lr {args.lr:g}\n\n{table(losses)}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 A side is a class. Its methods have the names of the models in rows.py. A method returns a new model and a function:
 
-    ar, mlm, ...    the function maps the inputs (rows.make_inputs) to logits (..., number of classes), or other outputs.
-                    `ar` and `mlm` take options, in the side's own words, of models other than those of the rows
+    ar, mlm, ...    the function maps the inputs (rows.make_inputs) to logits (..., number of classes), or others;
+                    `ar` and `mlm` take options, under the side's own names, for models other than those of the rows
     decode          the function encodes a prompt (L,). It returns another function, which maps the next token (1,) to
                     the logits (1, V) of the token after it
 
