@@ -2,7 +2,8 @@
 
 A side is a class. Its methods have the names of the models in rows.py. A method returns a new model and a function:
 
-    ar, mlm, ...    the function maps the inputs (rows.make_inputs) to logits (..., number of classes), or other outputs
+    ar, mlm, ...    the function maps the inputs (rows.make_inputs) to logits (..., number of classes), or others;
+                    `ar` and `mlm` take options, under the side's own names, for models other than those of the rows
     decode          the function encodes a prompt (L,). It returns another function, which maps the next token (1,) to
                     the logits (1, V) of the token after it
 
@@ -17,7 +18,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from rows import PREFIX, video_outputs
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Side:
@@ -32,17 +33,21 @@ class Side:
     def has(cls, row) -> bool:
         return hasattr(cls, row.model)
 
+    def set_dtype(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Makes the model compute in `dtype`."""
+        model.to(dtype)
+
 
 class Ours(Side):
     """The models are those of the recipes, with the peers' variants: exact GELU, latent_keys=q_norm."""
 
     package = "perceiver"
 
-    def ar(self, max_seq_len=2048):
+    def ar(self, **options):
         from perceiver.model import PerceiverAR, PerceiverARConfig
 
-        options = dict(cross_attention_dropout=0.5, latent_keys="q_norm")
-        model = PerceiverAR(PerceiverARConfig(vocab_size=262, max_seq_len=max_seq_len, **options))
+        options = dict(max_seq_len=2048, cross_attention_dropout=0.5) | options
+        model = PerceiverAR(PerceiverARConfig(vocab_size=262, latent_keys="q_norm", **options))
         return model, model
 
     def decode(self, compiled=False):
@@ -62,18 +67,18 @@ class Ours(Side):
 
         return model, start
 
-    def recipe(self, name: str):
+    def recipe(self, name: str, overrides=()):
         import perceiver
         from perceiver.config import load_config
         from perceiver.tasks import TASKS
 
         file = Path(perceiver.__file__).parents[1] / f"configs/{name}.yaml"
-        overrides = ["model.encoder.activation=gelu", "model.decoder.activation=gelu"]
-        model = load_config(file, overrides, TASKS).model.build()
+        activation = ["model.encoder.activation=gelu", "model.decoder.activation=gelu"]
+        model = load_config(file, [*activation, *overrides], TASKS).model.build()
         return model, model
 
-    def mlm(self):
-        return self.recipe("mlm_paper")
+    def mlm(self, overrides=()):
+        return self.recipe("mlm_paper", overrides)
 
     def imagenet(self):
         return self.recipe("imagenet_fourier")
@@ -104,10 +109,10 @@ class Transformers(Side):
 
         return PerceiverConfig(attention_probs_dropout_prob=0.0, **options)
 
-    def mlm(self):
+    def mlm(self, **options):
         from transformers import PerceiverForMaskedLM
 
-        model = PerceiverForMaskedLM(self.config(qk_channels=256, v_channels=1280))
+        model = PerceiverForMaskedLM(self.config(**dict(qk_channels=256, v_channels=1280) | options))
         return model, lambda tokens: model(tokens).logits
 
     def imagenet(self):
@@ -171,11 +176,20 @@ class Krasserm(Side):
 
     package = "perceiver"
 
-    def ar(self, max_seq_len=2048):
+    def ar(self, **options):
         from perceiver.model.core import CausalSequenceModel, CausalSequenceModelConfig
 
-        model = CausalSequenceModel(CausalSequenceModelConfig(max_seq_len=max_seq_len, cross_attention_dropout=0.5))
-        return model, lambda tokens: model(tokens, prefix_len=tokens.shape[1] - 512).logits
+        options = dict(max_seq_len=2048, cross_attention_dropout=0.5) | options
+        model = CausalSequenceModel(CausalSequenceModelConfig(**options))
+        return model, lambda tokens: model(tokens, prefix_len=tokens.shape[1] - model.max_latents).logits
+
+    def set_dtype(self, model, dtype):
+        """Its rotary frequencies were rounded to float32. A model in float64 gets exact ones here, as ours has them."""
+        model.to(dtype)
+        for name, frequencies in model.named_buffers():
+            if name.endswith("inv_freq") and dtype == torch.float64:
+                pairs = torch.arange(len(frequencies), dtype=dtype)
+                frequencies.copy_(10_000 ** (-pairs / len(frequencies)))
 
     def decode(self, compiled=False):
         model, _ = self.ar(max_seq_len=4096)

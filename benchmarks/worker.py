@@ -110,23 +110,59 @@ class Worker:
     def save(self, file: str) -> dict:
         """Writes random weights and the outputs of the model that has them."""
         randomize(self.model)
-        weights = {self.side.rename(key): value for key, value in self.model.state_dict().items()}
-        torch.save({"weights": weights, "outputs": self.outputs()}, file)
+        torch.save({"weights": self.weights(), "outputs": self.outputs()}, file)
         return {}
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {self.side.rename(key): value for key, value in self.model.state_dict().items()}
 
     def check(self, file: str) -> dict:
         """The largest difference between our outputs and those in a file, and the standard deviation of the latter."""
+        saved = torch.load(file, map_location=self.device)
+        self.load(saved["weights"], file)
+        theirs = saved["outputs"]
+        difference = (self.outputs() - theirs).abs().max()
+        return {"difference": difference.item(), "scale": theirs.std().item()}
+
+    def load(self, weights: dict[str, torch.Tensor], file: str) -> None:
+        """Gives our model the `weights` of a peer."""
         from perceiver.pretrained import load_weights, rename_key
 
-        saved = torch.load(file, map_location=self.device)
-        weights = saved["weights"]
         if weights.keys() != self.model.state_dict().keys():  # the peer is not another checkout of this project
             weights = {rename_key(key): value for key, value in weights.items()}
             weights.pop("", None)
         load_weights(self.model, weights, file)
-        theirs = saved["outputs"]
-        difference = (self.outputs() - theirs).abs().max()
-        return {"difference": difference.item(), "scale": theirs.std().item()}
+
+    # Training, for same_training.py
+
+    def new_model(self, model: str, options: dict, dtype: str) -> dict:
+        """Builds a model of the side with its own initial weights."""
+        torch.manual_seed(0)
+        self.model, self.forward = getattr(self.side, model)(**options)
+        self.side.set_dtype(self.model, getattr(torch, dtype))
+        return {"parameters": sum(p.numel() for p in self.model.parameters())}
+
+    def save_weights(self, file: str) -> dict:
+        torch.save(self.weights(), file)
+        return {}
+
+    @torch.no_grad()
+    def load_weights(self, file: str, disturbance: float) -> dict:
+        """Loads a peer's weights. Each is then multiplied by 1 + a random number of this standard deviation."""
+        self.load(torch.load(file), file)
+        torch.manual_seed(1)
+        for p in self.model.parameters():
+            p.mul_(1 + disturbance * torch.randn(p.shape, dtype=torch.float64))
+        return {}
+
+    def train(self, file: str, optim: dict) -> dict:
+        """Trains on the batches in a file. The result has the loss of each batch, before the step on it."""
+        make_step = our_step if isinstance(self.side, PEERS["ours"]) else torchs_step
+        step = make_step(self.model, **optim)
+        batches = torch.load(file)
+        self.model.train()
+        pairs = zip(batches["input_ids"], batches["labels"])
+        return {"losses": [step(self.forward(input_ids), labels) for input_ids, labels in pairs]}
 
     # The floor
 
@@ -146,6 +182,45 @@ class Worker:
         from loader import rates
 
         return rates(config, self.device)
+
+
+def our_step(model: nn.Module, **optim):
+    """A function of logits and labels that makes one training step and returns the loss, with train.py's own parts."""
+    from perceiver.config import OptimConfig
+    from perceiver.optim import build_optimizer, scale_and_clip
+
+    config = OptimConfig(**optim)
+    optimizer = build_optimizer(model, config)
+
+    def step(logits, labels):
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        loss.backward()
+        scale = 1 / (labels != -100).sum().to(loss.dtype)
+        scale_and_clip(model.parameters(), scale, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return (loss * scale).item()
+
+    return step
+
+
+def torchs_step(model: nn.Module, lr: float, weight_decay: float, max_grad_norm: float):
+    """The same with torch alone."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr)
+
+    def step(logits, labels):
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
 
 
 def timed(work, device) -> float:

@@ -18,8 +18,9 @@ from torch import nn
 
 from conftest import GOLDEN, ROOT, new_checkpoint, run_script
 from perceiver import checkpoint, pretrained
-from perceiver.config import Config, from_dict, to_dict
+from perceiver.config import Config, OptimConfig, from_dict, to_dict
 from perceiver.errors import UserError
+from perceiver.optim import build_optimizer, scale_and_clip
 from perceiver.pretrained import (DEFAULTS, MODELS, from_pretrained, init_weights_from, load_model, load_weights,
                                   perceiver_ar, read_trained)
 from perceiver.tasks import TASKS
@@ -93,6 +94,49 @@ def assert_equal(ours: torch.Tensor, theirs: torch.Tensor):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
+def sum_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The summed cross-entropy in the type of `logits`. Labels of -100 do not count."""
+    return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+def train_ours(model: nn.Module, batches: list[tuple], config: OptimConfig) -> list[float]:
+    """The mean loss of each batch, before the training step on it. A batch is the model's arguments, then labels."""
+    model.train()
+    optimizer = build_optimizer(model, config)
+    losses = []
+    for *inputs, labels in batches:
+        loss = sum_loss(model(*inputs), labels)
+        loss.backward()
+        scale = 1 / (labels != -100).sum().double()
+        scale_and_clip(model.parameters(), scale, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((loss * scale).item())
+    return losses
+
+
+def train_port(port: nn.Module, batches: list[tuple], config: OptimConfig) -> list[float]:
+    """The same with the port and torch's own clipping. Its arguments are ids, padding and labels."""
+    port.train()
+    groups = [{"params": [p for p in port.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
+              {"params": [p for p in port.parameters() if p.ndim <= 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, config.lr)
+    losses = []
+    for ids, pad, labels in batches:
+        loss = port(ids, attention_mask=~pad, labels=labels).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(port.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def assert_equal_training(ours: list[float], theirs: list[float]):
+    assert np.mean(theirs[-5:]) < 0.95 * np.mean(theirs[:5])  # it learns
+    np.testing.assert_allclose(ours, theirs, atol=1e-9, rtol=0)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # DeepMind's outputs
 
@@ -134,6 +178,20 @@ def test_masked_lm_equals_the_port(tmp_path, file):
     assert_equal(model(ids), port(ids).logits)
     assert_equal(model(ids, pad), port(ids, attention_mask=~pad).logits)
     assert_equal(model(ids[1:2, :17]), port(ids, attention_mask=~pad).logits[1:2, :17])  # the same without padding
+
+
+def test_masked_lm_trains_like_the_port(tmp_path):
+    """In float64, with padding, weight decay, and clipping that acts."""
+    port = masked_lm_port(**SMALL, d_model=24, qk_channels=16, v_channels=32, max_position_embeddings=40,
+                          num_cross_attention_heads=2, attention_probs_dropout_prob=0.0)
+    model = from_pretrained(save(port, tmp_path, "model.safetensors"), "transformers")
+    text = np.frombuffer(Path(__file__).read_bytes()[: 25 * 3 * 40], np.uint8)
+    labels = torch.from_numpy(text.astype(np.int64)).view(25, 3, 40) + 6
+    ids = torch.where(torch.rand(labels.shape) < 0.2, 3, labels)  # 3 is the mask
+    pad = torch.arange(40) >= torch.tensor([[40], [17], [29]])
+    batches = [(x, pad, y.masked_fill(pad | (x != 3), -100)) for x, y in zip(ids, labels)]
+    config = OptimConfig(lr=3e-3, weight_decay=0.1, max_grad_norm=1.0)
+    assert_equal_training(train_ours(model.double(), batches, config), train_port(port.double(), batches, config))
 
 
 @pytest.mark.parametrize("kind", IMAGES)
@@ -268,6 +326,20 @@ def assert_equal_to_the_peer(folder: Path):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
+def assert_trains_like_the_peer(folder: Path):
+    """In float64, with the peer's dropped prefix positions, weight decay, and clipping that acts."""
+    file, model = np.load(folder / "training.npz"), from_pretrained(folder)
+    num_latents = model.config.num_latents
+    batches = [(ids[:, :-1], num_latents, None, kept, ids[:, -num_latents:])
+               for ids, kept in zip(*(torch.from_numpy(file[name]) for name in ("ids", "kept")))]
+    config = OptimConfig(lr=3e-3, weight_decay=0.1, max_grad_norm=1.0)
+    assert_equal_training(train_ours(model.double(), batches, config), file["losses"].tolist())
+
+
+def test_trains_like_krasserms_code():
+    assert_trains_like_the_peer(GOLDEN / "krasserm" / "hf-clm")
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
 def test_outputs_of_krasserms_code(tmp_path, file):
     folder = shutil.copytree(GOLDEN / "krasserm" / "hf-clm", tmp_path / "model")
@@ -287,6 +359,7 @@ def test_krasserms_code_itself(tmp_path, config):
         output_bias=True, abs_pos_emb=True) | config))
     assert result.returncode == 0, result.stderr
     assert_equal_to_the_peer(tmp_path)
+    assert_trains_like_the_peer(tmp_path)
 
 
 @pytest.mark.parametrize("fields, count", [(CLM_BASE, 453_950_720), (GIANT_MIDI, 134_840_832)])
