@@ -151,7 +151,10 @@ def memory(side: Side) -> dict:
 
 
 def measure(name: str, context: int, args: argparse.Namespace) -> dict:
-    """A cell of the table: two processes, one for memory. It gives freed arrays back to the system, which takes time."""
+    """A cell of the table.
+
+    Memory is measured in a second process, because giving freed arrays back to the system takes time.
+    """
     command = [sys.executable, __file__, "--nanogpt", str(args.nanogpt), "--data", str(args.data), "--contexts"]
     command += [str(context), "--seconds", str(args.seconds), "--val-size", str(args.val_size), "--worker", name]
     result = {}

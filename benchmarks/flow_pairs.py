@@ -1,6 +1,6 @@
 """Measures a run's optical flow on real pairs with known flow, scene by scene.
 
-    python benchmarks/flow_pairs.py runs/flow data/middlebury --picture docs/flow.png
+    python benchmarks/flow_pairs.py runs/flow data/middlebury --picture docs/flow.jpg
 
 The folder holds other-data and other-gt-flow of https://vision.middlebury.edu/flow/data. The table gives end-point
 errors in pixels over the pixels of known flow. "Standing still" predicts that nothing moves. The picture shows the
