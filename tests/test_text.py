@@ -172,3 +172,27 @@ def test_the_vocabulary_follows_the_data(tmp_path):
         task(tmp_path / "negative.npy", vocab_size=49).load_data()
     with pytest.raises(UserError, match="model.vocab_size=200 is too small for bytes"):
         task(tmp_path / "text.txt", vocab_size=200).load_data()
+
+
+def test_windows_of_random_lengths(tmp_path):
+    """All windows of a step have one of the lengths, and they are the ends of the full windows."""
+    (tmp_path / "text.txt").write_bytes(bytes(range(256)) * 4)
+
+    def training_set(**data):
+        model = {"max_seq_len": 40, "num_latents": 16, "num_channels": 16, "num_heads": 2}
+        config = {"task": "causal_lm", "model": model, "data": {"path": str(tmp_path / "text.txt"), **data}}
+        return CausalLM(from_dict(config, TASKS)).load_data()[0]
+
+    full, short = training_set(), training_set(min_seq_len=16)
+    lengths = set()
+    for step in range(30):
+        length = len(short[step, 0]["input_ids"])
+        lengths.add(length)
+        for index in range(3):
+            expected, example = full[step, index], short[step, index]
+            assert np.array_equal(example["input_ids"], expected["input_ids"][-length:])
+            assert np.array_equal(example["labels"], expected["labels"])
+    assert lengths == {40, 24}  # the next one, 8, is below min_seq_len
+    for wrong in 15, 41:
+        with pytest.raises(UserError, match=f"data.min_seq_len={wrong} must be from model.num_latents=16 to"):
+            training_set(min_seq_len=wrong)
