@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch.utils.data import Dataset
 
 from perceiver import decoding
-from perceiver.config import Count
 from perceiver.data import (
     ByteTokenizer,
     CorpusConfig,
@@ -28,9 +27,7 @@ from perceiver.tasks.base import Autoregression
 @dataclass
 class TextDataConfig(CorpusConfig):
     tokenizer: str | None = None  # a tokenizer.json; null: bytes
-    # Training windows have random lengths: model.max_seq_len, model.num_latents less, twice that less, ... down to
-    # min_seq_len. null: all have model.max_seq_len
-    min_seq_len: Count | None = None
+    random_lengths: bool = False  # shorten training windows at random; see RandomLengths
 
 
 class CausalLM(Autoregression):
@@ -44,12 +41,6 @@ class CausalLM(Autoregression):
 
     def __init__(self, config):
         super().__init__(config)
-        min_seq_len, model = config.data.min_seq_len, config.model
-        if min_seq_len is not None and not model.num_latents <= min_seq_len <= model.max_seq_len:
-            raise UserError(
-                f"data.min_seq_len={min_seq_len} must be from model.num_latents={model.num_latents} to "
-                f"model.max_seq_len={model.max_seq_len}"
-            )
         self.tokenizer = ByteTokenizer()
 
     @property
@@ -89,9 +80,8 @@ class CausalLM(Autoregression):
             num_bytes = 1 if data.tokenizer is None else len(self.tokenizer.decode(first).encode())
             self.val_text = text[num_bytes:].tobytes()
         windows = TextWindows(train, model.max_seq_len, model.num_latents, self.config.train.seed)
-        if data.min_seq_len is not None:
-            lengths = range(model.max_seq_len, data.min_seq_len - 1, -model.num_latents)
-            windows = RandomLengths(windows, lengths, self.config.train.seed)
+        if data.random_lengths:
+            windows = RandomLengths(windows)
         blocks = TextBlocks(self.val_tokens, model.max_seq_len, model.num_latents)
         return self.with_prefix_dropout(windows), blocks
 
@@ -137,17 +127,16 @@ class CausalLM(Autoregression):
 class RandomLengths(Dataset):
     """Shortens `windows` from the left, so that the model also learns to predict from short contexts.
 
-    All windows of a step get the same length, one of `lengths`. So they need no padding.
+    The lengths are T, T - N, T - 2N, ... down to N. All windows of a step get the same one, so they need no padding.
     """
 
     windows: TextWindows
-    lengths: range
-    seed: int
 
     def __getitem__(self, key):
-        example = self.windows[key]
-        step, _ = key
-        length = example_rng(self.seed, (step,)).choice(self.lengths)
+        windows, (step, _) = self.windows, key
+        lengths = range(windows.max_seq_len, windows.num_latents - 1, -windows.num_latents)
+        length = example_rng(windows.seed, (step,)).choice(lengths)
+        example = windows[key]
         return example | {"input_ids": example["input_ids"][-length:]}
 
 
