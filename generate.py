@@ -9,13 +9,14 @@ images completes the lower half of an image:
 import argparse
 import os
 import shutil
+import time
 
 import torch
 
 from perceiver import int8
 from perceiver.distributed import find_device
 from perceiver.errors import UserError, run_script
-from perceiver.io import check_counts, check_options
+from perceiver.io import check_counts, check_options, tell
 from perceiver.model import PerceiverAR
 from perceiver.pretrained import load_model
 
@@ -53,6 +54,16 @@ def parse_args() -> argparse.Namespace:
         type=int,
         help="number of tokens between two moves of the window; default: half the number of latents",
     )
+    parser.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="text: end before TEXT, which may be given several times; for a model of token ids, TEXT is ids such as "
+        "'17 4'. A sample also ends at the tokenizer's end-of-text token",
+    )
+    parser.add_argument("--no-prompt", action="store_true", help="text: leave the prompt out of the output")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per sample")
     parser.add_argument("--tokenizer", help="text: a tokenizer.json; default: the model's own tokenizer")
     parser.add_argument(
         "--out",
@@ -88,13 +99,18 @@ def main(args: argparse.Namespace):
     if args.dtype == "int8" and not args.compile:
         raise UserError("--dtype int8 without --compile is slower than float32: add --compile")
     task, model = load_model(args.ckpt, device)
-    check_options(task, args, ("tokenizer", "out", "piano_roll"))
+    check_options(task, args, ("tokenizer", "out", "piano_roll", "stop", "no_prompt"))
     if isinstance(model, PerceiverAR):
         if args.dtype == "int8":
             int8.quantize(model)
         else:
             model.to(getattr(torch, args.dtype))
+    start = time.perf_counter()
     task.generate(model, args)
+    seconds = time.perf_counter() - start
+    count = getattr(task, "num_sampled", 0)
+    if count:
+        tell(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -174,6 +174,7 @@ class ByteTokenizer:
     OFFSET = 6
     vocab_size = 262
     unit = "byte"
+    end_of_text = EOS
 
     def encode(self, text: str | bytes) -> list[int]:
         """Surrogates in `text` stand for bytes that are not UTF-8."""
@@ -190,6 +191,7 @@ class IdTokenizer:
     """Token ids written as numbers, like "17 4 256", for corpora of token ids."""
 
     unit = "token"
+    end_of_text = None  # unknown
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -205,6 +207,7 @@ class JsonTokenizer:
     """The tokenizer in a tokenizer.json, without special tokens: BPE, Unigram, or another that `tokenizers` reads."""
 
     unit = "token"
+    END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # its name in common tokenizers
 
     def __init__(self, json: str, source: str | Path):
         """`json` is the text of a tokenizer.json. Error messages name its `source`."""
@@ -214,7 +217,9 @@ class JsonTokenizer:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.json = json
-        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())
+        vocab = self.tokenizer.get_vocab()
+        self.vocab_size = 1 + max(vocab.values())
+        self.end_of_text = next((vocab[name] for name in self.END_OF_TEXT if name in vocab), None)
 
     @classmethod
     def read(cls, file):

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import json
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
-from perceiver.errors import UserError, reading, reason
+from perceiver.errors import UserError, printable, reading, reason
 
 
 def import_optional(package: str, purpose: str) -> ModuleType:
@@ -161,12 +162,20 @@ def check_md5(file: Path, md5: str | None):
 
 def say(*lines: str):
     """Prints a result to stdout, above any progress bar."""
-    tqdm.write("\n".join(lines), sys.stdout)
+    tqdm.write(printable("\n".join(lines), sys.stdout), sys.stdout)
+
+
+def report(args: Namespace, result: dict, *lines: str):
+    """Prints a result of generate.py or predict.py: `lines`, or with --json one line with the JSON object `result`."""
+    if args.json:
+        lines = [json.dumps(result)]
+    if lines:
+        say(*lines)
 
 
 def tell(line: str):
     """Prints a remark to stderr, above any progress bar."""
-    tqdm.write(line, sys.stderr)
+    tqdm.write(printable(line, sys.stderr), sys.stderr)
 
 
 def check_options(task, args: Namespace, names: Iterable[str]):
