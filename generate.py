@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
         "'17 4'. A sample also ends at the tokenizer's end-of-text token",
     )
     parser.add_argument("--no-prompt", action="store_true", help="text: leave the prompt out of the output")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per sample")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per sample, and only that, to stdout")
     parser.add_argument("--tokenizer", help="text: a tokenizer.json; default: the model's own tokenizer")
     parser.add_argument(
         "--out",
@@ -71,6 +71,9 @@ def parse_args() -> argparse.Namespace:
         "images: default completion.png",
     )
     parser.add_argument("--piano-roll", metavar="PNG", help="music: also write a picture of the notes")
+    parser.add_argument(
+        "--prompt-seconds", metavar="S", type=float, help="music: use only the first S seconds of the prompt"
+    )
     parser.add_argument("--no-kv-cache", action="store_true", help="run the model on the whole window for every token")
     parser.add_argument(
         "--dtype",
@@ -99,7 +102,7 @@ def main(args: argparse.Namespace):
     if args.dtype == "int8" and not args.compile:
         raise UserError("--dtype int8 without --compile is slower than float32: add --compile")
     task, model = load_model(args.ckpt, device)
-    check_options(task, args, ("tokenizer", "out", "piano_roll", "stop", "no_prompt"))
+    check_options(task, args, ("tokenizer", "out", "piano_roll", "stop", "no_prompt", "prompt_seconds"))
     if isinstance(model, PerceiverAR):
         if args.dtype == "int8":
             int8.quantize(model)

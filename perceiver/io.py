@@ -188,7 +188,7 @@ def check_options(task, args: Namespace, names: Iterable[str]):
 def check_counts(args: Namespace, *names: str):
     """Raises UserError if one of the options `names` is below 1."""
     for name in names:
-        if vars(args)[name] < 1:
+        if vars(args)[name] is not None and vars(args)[name] < 1:
             raise UserError(f"--{name.replace('_', '-')} {vars(args)[name]} must be at least 1")
 
 
@@ -196,8 +196,25 @@ def shorten(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def progress(inputs: list[str]) -> Iterator[tuple[str, str]]:
-    """Yields each input with a unique name for its output files. Shows a progress bar if there are several inputs."""
+def input_files(inputs: list[str], endings: tuple[str, ...], what: str) -> list[str]:
+    """`inputs`, with each folder replaced by its files with one of `endings`. Raises UserError if a folder has none."""
+    files = []
+    for source in inputs:
+        found = [source]
+        if os.path.isdir(source):
+            names = [str(file) for file in visible_files(Path(source))]
+            found = sorted((name for name in names if name.lower().endswith(endings)), key=natural_key)
+            if not found:
+                raise UserError(f"{source} holds no {what}")
+        files += found
+    return files
+
+
+def progress(inputs: list[str], limit: int | None = None) -> Iterator[tuple[str, str]]:
+    """Yields each input, up to `limit`, with a unique name for its output files. Shows a progress bar for several."""
+    if limit is not None and limit < len(inputs):
+        tell(f"--limit {limit} leaves out {len(inputs) - limit} of {len(inputs)} inputs")
+        inputs = inputs[:limit]
     uses = Counter()
     with tqdm(inputs, disable=len(inputs) == 1) as bar:
         for source in bar:

@@ -1,6 +1,9 @@
 """The parts that classifiers of all modalities share."""
 
+from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from perceiver.adapters import ClassificationOutput, TrainableQueries
 from perceiver.config import Count
 from perceiver.data import Shuffled
+from perceiver.io import report
 from perceiver.model import Perceiver, PerceiverDecoder, PerceiverIO, PerceiverIOConfig
 from perceiver.tasks.base import Task
 
@@ -83,8 +87,13 @@ class Classification(Task):
         )
 
 
-def ranking(logits: Tensor, class_names: list[str] | None, top_k: int) -> list[str]:
-    """Lines with the most likely classes of logits (E,)."""
+def report_classes(
+    args: Namespace, source: str, logits: Tensor, class_names: list[str] | None, files: Iterable[Path] = ()
+):
+    """Prints the most likely classes of `source` from logits (E,). With --json also the `files` written for it."""
     names = class_names or [f"class {label}" for label in range(len(logits))]
-    top = logits.float().softmax(-1).topk(min(top_k, len(logits)))
-    return [f"  {probability:7.2%}  {names[label]}" for probability, label in zip(top.values, top.indices)]
+    top = logits.float().softmax(-1).topk(min(args.top_k, len(logits)))
+    ranking = [(names[label], probability.item()) for probability, label in zip(top.values, top.indices)]
+    classes = [{"name": name, "probability": probability} for name, probability in ranking]
+    lines = [f"  {probability:7.2%}  {name}" for name, probability in ranking]
+    report(args, {"input": source, "classes": classes, "files": list(map(str, files))}, source, *lines)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
-from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from perceiver import decoding, pictures
@@ -32,10 +32,10 @@ from perceiver.data import (
     to_channels,
 )
 from perceiver.errors import UserError
-from perceiver.io import natural_key, output_files, progress, save_picture, say, visible_files
+from perceiver.io import input_files, output_files, progress, report, save_picture
 from perceiver.model import init_weights
 from perceiver.tasks.base import Autoregression, unigram_bits
-from perceiver.tasks.classification import Classification, ClassifierConfig, ranking
+from perceiver.tasks.classification import Classification, ClassifierConfig, report_classes
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
@@ -270,16 +270,7 @@ def list_files(classes):
 
 def image_files(inputs):
     """`inputs`, with each folder replaced by its images. Raises UserError if a folder has none."""
-    files = []
-    for source in inputs:
-        found = [source]
-        if Path(source).is_dir():
-            names = map(str, visible_files(Path(source)))
-            found = sorted(filter(is_image_file, names), key=natural_key)
-            if not found:
-                raise UserError(f"{source} holds no images")
-        files += found
-    return files
+    return input_files(inputs, IMG_EXTENSIONS, "images")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -374,12 +365,14 @@ class ImageClassification(Classification):
         data, image_shape = self.config.data, self.config.model.input.image_shape
         transform = data.transform(image_shape)
         device = next(model.parameters()).device
-        for file, name in progress(image_files(args.inputs)):
+        for file, name in progress(image_files(args.inputs), args.limit):
             image = transform(read_image(file, image_shape[2])).to(device)
-            say(file, *ranking(model(image[None])[0], self.class_names, args.top_k))
+            written = []
             if args.attention:
                 picture = pictures.over_image(model, image, data.normalize(image_shape), args.latents)
-                save_picture(picture, Path(args.out) / f"{name}-attention.png")
+                written.append(Path(args.out) / f"{name}-attention.png")
+                save_picture(picture, *written)
+            report_classes(args, file, model(image[None])[0], self.class_names, written)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -528,3 +521,4 @@ class ImageSequences(Autoregression):
         steps = self.sample(model, prompt, args, max_new_tokens=len(tokens) - self.num_given)
         lower = torch.tensor(list(steps)).T  # (number of samples, S / 2)
         save_picture(self.completions(tokens[None], lower[:, None]), out)
+        report(args, {"prompt": args.prompt_file or args.prompt, "files": [str(out)]})

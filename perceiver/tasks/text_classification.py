@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,8 +25,8 @@ from perceiver.data import (
     visible_places,
 )
 from perceiver.errors import UserError, reading
-from perceiver.io import progress, read_bytes, read_text, say, tell
-from perceiver.tasks.classification import Classification, ClassifierConfig, ranking
+from perceiver.io import input_files, progress, read_bytes, read_text, shorten, tell
+from perceiver.tasks.classification import Classification, ClassifierConfig, report_classes
 from perceiver.tasks.masked_lm import TokenInputConfig, first_text_attention, save_attention
 
 ClassTexts = dict[str, list[bytes]]  # the texts of every class
@@ -178,15 +179,22 @@ class TextClassification(Classification):
         return {"attention": first_text_attention(model, self.val_set)}
 
     def predict(self, model, args):
-        """Prints the most likely classes of each text file. The model sees only the start of a long file."""
+        """Prints the most likely classes of each text. The model sees only the start of a long one."""
         device = next(model.parameters()).device
         max_seq_len = self.config.model.input.max_seq_len
-        for file, name in progress(args.inputs):
-            text = read_text(file)
+        for source, name in progress(input_files(args.inputs, ("",), "files"), args.limit):
+            text = read_text_or_file(source)
             if not text:
-                raise UserError(f"{file} is empty")
+                raise UserError(f"{source} is empty")
             if len(text) > max_seq_len:
-                tell(f"{file} has {len(text)} bytes; the model sees only the first {max_seq_len}")
+                tell(f"{shorten(source)} has {len(text)} bytes; the model sees only the first {max_seq_len}")
             input_ids = torch.tensor(ByteTokenizer().encode(text[:max_seq_len]), device=device)
-            say(file, *ranking(model(input_ids[None])[0], self.class_names, args.top_k))
-            save_attention(model, input_ids, name, args)
+            written = save_attention(model, input_ids, name, args)
+            report_classes(args, source, model(input_ids[None])[0], self.class_names, written)
+
+
+def read_text_or_file(source: str) -> bytes:
+    """The text in the file `source`. "-" is stdin. Several words that name no file are the text itself."""
+    if len(source.split()) > 1 and not os.path.exists(source):
+        return source.encode("utf-8", "surrogateescape")
+    return read_text(source)

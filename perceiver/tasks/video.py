@@ -34,10 +34,10 @@ from perceiver.adapters import (
 from perceiver.config import Count, NonNegative, Probability, ValFraction
 from perceiver.data import LoaderConfig, Shuffled, labelled_files
 from perceiver.errors import UserError, reading
-from perceiver.io import import_optional, output, progress, save_picture, say, tell
+from perceiver.io import import_optional, input_files, output, progress, save_picture, tell
 from perceiver.model import PerceiverDecoder, PerceiverIO, PerceiverIOConfig
 from perceiver.tasks.base import Task
-from perceiver.tasks.classification import ranking
+from perceiver.tasks.classification import report_classes
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
@@ -585,18 +585,19 @@ class MultimodalAutoencoding(Task):
         """Prints the most likely classes of each video. Writes its first clip and the reconstruction as a video and as
         a picture, and the reconstructed sound."""
         clip = self.config.model.input
-        for file, name in progress(args.inputs):
+        for file, name in progress(input_files(args.inputs, SUFFIXES, "videos"), args.limit):
             image, audio = read_video(file, clip)
             if not audio.any():
                 tell(f"{file} has no sound: the model gets silence")
             new_image, new_audio, logits = self.reconstruct(model, image, audio)
-            say(file, *ranking(logits, self.class_names, args.top_k))
-            save_picture(pictures.contact_sheet(image, new_image), Path(args.out) / f"{name}-reconstruction.png")
-            with output(args.out, f"{name}-reconstruction.wav") as path:
-                write_sound(path, new_audio, clip.sample_rate)
-            with output(args.out, f"{name}-reconstruction.mp4") as path:
+            picture = Path(args.out) / f"{name}-reconstruction.png"
+            save_picture(pictures.contact_sheet(image, new_image), picture)
+            with output(args.out, f"{name}-reconstruction.wav") as sound:
+                write_sound(sound, new_audio, clip.sample_rate)
+            with output(args.out, f"{name}-reconstruction.mp4") as video:
                 frames = pictures.enlarge(torch.cat((image, new_image), dim=-1), 448)
-                write_video(path, frames, clip.frame_rate, new_audio, clip.sample_rate)
+                write_video(video, frames, clip.frame_rate, new_audio, clip.sample_rate)
+            report_classes(args, file, logits, self.class_names, (picture, sound, video))
 
 
 def sum_of_means(x):
