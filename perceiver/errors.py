@@ -37,6 +37,18 @@ def reason(error: Exception) -> str:
     return message or type(error).__name__
 
 
+@contextmanager
+def explaining_memory(advice: str) -> Iterator[None]:
+    """Turns an out-of-memory error in the block into a UserError of one line, with `advice`."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        message = reason(error)
+        if type(error) is RuntimeError and "can't allocate memory" not in message:  # the CPU has no error of its own
+            raise
+        raise UserError(f"out of memory ({message.partition('. ')[0]}). {advice}") from None
+
+
 def printable(text: str, stream: TextIO) -> str:
     """`text` as it is, or for a terminal with escaped control characters: they could change how the terminal works.
 
