@@ -15,7 +15,7 @@ import torch
 
 from perceiver import int8
 from perceiver.distributed import find_device
-from perceiver.errors import UserError, run_script
+from perceiver.errors import UserError, explaining_memory, run_script
 from perceiver.io import check_counts, check_options, tell
 from perceiver.model import PerceiverAR
 from perceiver.pretrained import load_model
@@ -63,7 +63,7 @@ def parse_args() -> argparse.Namespace:
         "'17 4'. A sample also ends at the tokenizer's end-of-text token",
     )
     parser.add_argument("--no-prompt", action="store_true", help="text: leave the prompt out of the output")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON per sample, and only that, to stdout")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per sample")
     parser.add_argument("--tokenizer", help="text: a tokenizer.json; default: the model's own tokenizer")
     parser.add_argument(
         "--out",
@@ -83,7 +83,7 @@ def parse_args() -> argparse.Namespace:
         "bfloat16 is for GPUs, int8 for one sample on a CPU with --compile",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="use torch.compile: the first token takes 20 s, further ones are faster"
+        "--compile", action="store_true", help="use torch.compile: the first token takes 20 s, others are faster"
     )
     parser.add_argument(
         "--device",
@@ -109,7 +109,9 @@ def main(args: argparse.Namespace):
         else:
             model.to(getattr(torch, args.dtype))
     start = time.perf_counter()
-    task.generate(model, args)
+    advice = f"--num-samples {args.num_samples}: fewer need less memory, and so do --dtype bfloat16 and --device cpu"
+    with explaining_memory(advice):
+        task.generate(model, args)
     seconds = time.perf_counter() - start
     count = getattr(task, "num_sampled", 0)
     if count:

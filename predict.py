@@ -11,7 +11,7 @@ import sys
 import torch
 
 from perceiver.distributed import find_device
-from perceiver.errors import UserError, run_script
+from perceiver.errors import UserError, explaining_memory, run_script
 from perceiver.io import check_counts, check_options
 from perceiver.pretrained import VARIANTS, load_model
 
@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=5, help="number of classes to print; default: %(default)s")
     parser.add_argument("--mask-bytes", type=int, default=7, help="number of bytes for a [MASK]; default: %(default)s")
     parser.add_argument("--limit", metavar="N", type=int, help="at most N inputs, or frames of a video; default: all")
-    parser.add_argument("--json", action="store_true", help="print one line of JSON per result, and only that, to stdout")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per result")
     parser.add_argument("--attention", action="store_true", help="write a picture of the attention of some latents")
     parser.add_argument(
         "--latents",
@@ -93,7 +93,7 @@ def main(args: argparse.Namespace):
     check_options(task, args, ("attention",))
     if args.latents is not None:
         args.latents = parse_latents(args.latents, task.config.model.num_latents)
-    with torch.inference_mode():
+    with explaining_memory("Give fewer or smaller inputs, or use --device cpu"), torch.inference_mode():
         task.predict(model, args)
 
 

@@ -56,7 +56,7 @@ def profiling(options: TrainConfig, ranks: Ranks) -> Iterator[None]:
     sort_by = "self_cpu_time_total"
     if ranks.device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-        sort_by = "self_cuda_time_total"
+        sort_by = "self_device_time_total"
 
     def write(profiler):
         profiler.export_chrome_trace(str(file))
@@ -89,7 +89,8 @@ def memory_advice(config: Config, ranks: Ranks) -> str:
     train, model = config.train, config.model
     micro_batches, processes = train.gradient_accumulation_steps, ranks.world_size
     examples = config.data.batch_size // (micro_batches * processes)
-    parts = {"model": model, "model.encoder": getattr(model, "encoder", None), "model.decoder": getattr(model, "decoder", None)}
+    parts = {"model": model}
+    parts |= {f"model.{name}": getattr(model, name, None) for name in ("encoder", "decoder")}
     without = [name for name, part in parts.items() if getattr(part, "activation_checkpointing", None) is False]
 
     advice = []

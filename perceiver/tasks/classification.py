@@ -58,6 +58,7 @@ class Classification(Task):
     """One label for each input."""
 
     options = ("attention",)
+    confusion: Tensor | None = None  # if set, `loss` counts here: (E, E), a row for each class, a column for each answer
 
     def prepare(self, train_set, val_set):
         """Checks the classes of the data and shuffles the training set. `val_set` has class_names and labels."""
@@ -72,10 +73,13 @@ class Classification(Task):
         """Sums from logits (B, E) and labels: classes (B,), or their probabilities (B, E)."""
         loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
         classes = labels if labels.ndim == 1 else labels.argmax(-1)
+        answers = logits.argmax(-1)
+        if self.confusion is not None:
+            self.confusion.index_put_((classes, answers), torch.ones_like(answers), accumulate=True)
         return {
             "loss": loss,
             "count": loss.new_full((), len(logits)),  # torch.tensor would wait for the GPU
-            "correct": (logits.argmax(-1) == classes).sum(),
+            "correct": (answers == classes).sum(),
         }
 
     def summary(self, metrics):
