@@ -200,7 +200,7 @@ def test_continuing_a_text_in_two_calls_is_one_call():
 
 @pytest.mark.parametrize("options", [dict(), dict(compile=True), dict(kv_cache=False), dict(stride=1)])
 def test_rows_end_one_by_one_and_the_others_do_not_change(uncompiled, options):
-    """Rows end after 3, 20 and 61 tokens: before and after moves of the window, and a fourth row."""
+    """Rows end after 3, 20 and up to 61 tokens: before and after moves of the window, and a fourth row."""
     model = small_model()
     prompts = [tokens(length).tolist() for length in (5, 30, 9, 2)]
 
@@ -211,7 +211,7 @@ def test_rows_end_one_by_one_and_the_others_do_not_change(uncompiled, options):
     free = rows(4)
     stop = [row[end - 3 : end] for row, end in zip(free, (3, 20, 61))]
     ends = [min(at for at in range(3, 81) if row[at - 3 : at] in stop or at == 80) for row in free]
-    assert ends[:3] == [3, 20, 61]
+    assert ends[:2] == [3, 20] and 30 < ends[2] <= 61
     ended = rows(4, stop)
     assert len(ended[0]) == max(ends)
     for row, end, unended in zip(ended, ends, free):
