@@ -30,8 +30,9 @@ text classifiers    INPUT is a text file, a folder of text files, or a text of t
 image classifiers   INPUT is an image file or a folder of images
 optical flow        INPUTs are two or more images in order, a folder of images, or a video file. Writes pictures of the
                     flow from each frame to the next. For two or more image files, also writes .flo files
-video autoencoders  INPUT is a video file or a folder of videos; the model sees and hears its start. Prints classes. Writes a video and a
-                    picture of the original beside its reconstruction, and the reconstructed sound
+video autoencoders  INPUT is a video file or a folder of videos; the model sees and hears the start of each. Prints
+                    classes. Writes a video and a picture of the original beside its reconstruction, and the
+                    reconstructed sound
 """
 
 

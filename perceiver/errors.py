@@ -37,16 +37,20 @@ def reason(error: Exception) -> str:
     return message or type(error).__name__
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU. On the CPU, PyTorch raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def explaining_memory(advice: str) -> Iterator[None]:
     """Turns an out-of-memory error in the block into a UserError of one line, with `advice`."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
-        message = reason(error)
-        if type(error) is RuntimeError and "can't allocate memory" not in message:  # the CPU has no error of its own
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
-        raise UserError(f"out of memory ({message.partition('. ')[0]}). {advice}") from None
+        raise UserError(f"out of memory ({reason(error)[-200:]}). {advice}") from None
 
 
 def printable(text: str, stream: TextIO) -> str:

@@ -146,7 +146,7 @@ class Broken(Noisy):
         try:
             raise OSError("on the way")
         except OSError:
-            raise UserError(f"cannot read {number}.png: it is truncated")
+            raise UserError(f"cannot read {number}.png: it is truncated") from None
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -447,7 +447,8 @@ def test_mistakes_in_image_data_are_named(tmp_path, monkeypatch):
     assert "no network" in load("mnist", None, tmp_path / "cache")
 
 
-@pytest.mark.parametrize("content", [b"no IDX file", b"", b"\0\0\x0d\3" + np.array([1, 1, 1], ">i4").tobytes() + b"\0" * 4])
+@pytest.mark.parametrize("content", [b"no IDX file", b"",
+                                     b"\0\0\x0d\3" + np.array([1, 1, 1], ">i4").tobytes() + b"\0" * 4])
 def test_idx_files_of_another_kind_are_refused(tmp_path, content):
     """Text, an empty file, and an IDX file of 32-bit floats."""
     for name in ("images-idx3", "labels-idx1"):

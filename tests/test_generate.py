@@ -68,9 +68,9 @@ def test_json_for_programs(ckpt):
 
 
 def test_no_control_bytes_reach_a_terminal(ckpt):
-    """The same command writes the bytes unchanged to a file, and escaped to a terminal. Remarks are apart from the text."""
-    args = [sys.executable, "generate.py", "--ckpt", ckpt, "--prompt", "\x1b]0;title\a the\tquick", "--max-new-tokens", "9",
-            "--temperature", "0"]
+    """The same command writes the bytes unchanged to a file, and escaped to a terminal. Remarks are not in the text."""
+    args = [sys.executable, "generate.py", "--ckpt", ckpt, "--prompt", "\x1b]0;title\a the\tquick",
+            "--temperature", "0", "--max-new-tokens", "9"]
     piped = subprocess.run(args, cwd=ROOT, capture_output=True)
     assert piped.stdout.startswith(b"\x1b]0;title\a the\tquick")
     reader, terminal = pty.openpty()

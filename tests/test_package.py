@@ -49,7 +49,8 @@ def test_the_installed_package_is_whole_and_names_its_packages(installed):
         return {line.split("#")[0].strip() for line in (ROOT / file).read_text().splitlines() if line[0] not in "#-"}
 
     assert {line for line in required if "extra ==" not in line} == names("requirements.txt")
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["dynamic"]["optional-dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["tool"]["setuptools"]["dynamic"]["optional-dependencies"]
     assert set(metadata.get_all("Provides-Extra")) == set(extras) == {"weights", "music", "video", "tokenizers", "all"}
     everything = set()
     for extra in extras.keys() - {"all"}:

@@ -127,10 +127,11 @@ def test_texts_and_folders_as_inputs_and_json(folder, predict, tmp_path):
         (tmp_path / f"texts/{number}.txt").write_text("a short text" if number == 9 else "another")
     result = predict(ckpt, "a short text", tmp_path / "texts", "--json", "--limit", "3")
     lines = [json.loads(line) for line in result.out.splitlines()]
-    assert [line["input"] for line in lines] == ["a short text", *(f"{tmp_path}/texts/{number}.txt" for number in (8, 9))]
+    assert [line["input"] for line in lines] == ["a short text", f"{tmp_path}/texts/8.txt", f"{tmp_path}/texts/9.txt"]
     assert lines[0]["classes"] == lines[2]["classes"] != lines[1]["classes"]
     probs = model(torch.tensor(ByteTokenizer().encode("a short text"))[None])[0].softmax(-1)
-    assert {item["name"]: pytest.approx(item["probability"]) for item in lines[0]["classes"]} == dict(zip("xyz", probs.tolist()))
+    found = {item["name"]: item["probability"] for item in lines[0]["classes"]}
+    assert found == pytest.approx(dict(zip("xyz", probs.tolist())))
     assert "--limit 3 leaves out 1 of 4 inputs" in result.err
     assert fails(predict(ckpt, "nowhere.txt"), "nowhere.txt") and fails(predict(ckpt, "-", "--limit", "0"), "--limit 0")
     (tmp_path / "empty").mkdir()

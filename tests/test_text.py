@@ -71,7 +71,7 @@ def test_masks_are_a_function_of_seed_step_and_index():
         assert set(a) == {"input_ids", "labels"} and a["input_ids"].dtype == torch.long
         assert all(torch.equal(a[name], b[name]) for name in a)
     whole = MaskedWindows(Tokens(words_of(66).values, 6), 64, 0.15, 0)  # windows begin at every possible place
-    starts = {decode([t if l == IGNORE else l for t, l in zip(e["input_ids"], e["labels"])])
+    starts = {decode([t if n == IGNORE else n for t, n in zip(e["input_ids"], e["labels"])])
               for e in (whole[step, 0] for step in range(40))}
     assert len(starts) >= 3
 

@@ -73,7 +73,7 @@ class Task(ABC):
 
     @abstractmethod
     def load_data(self) -> tuple[Dataset, Dataset]:
-        """The training set, indexed by (step, index in the global batch), and the validation set, indexed by 0, 1, ..."""
+        """The training set, indexed by (step, index in the global batch), and the validation set, by 0, 1, ..."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Sums:

@@ -58,7 +58,7 @@ class Classification(Task):
     """One label for each input."""
 
     options = ("attention",)
-    confusion: Tensor | None = None  # if set, `loss` counts here: (E, E), a row for each class, a column for each answer
+    confusion: Tensor | None = None  # if set, `loss` counts in it: (E, E), rows are classes, columns are answers
 
     def prepare(self, train_set, val_set):
         """Checks the classes of the data and shuffles the training set. `val_set` has class_names and labels."""

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 
 from perceiver import pictures
