@@ -86,8 +86,8 @@ class Classification(Task):
         """The validation accuracy beside the accuracy of always choosing the most frequent class."""
         counts = np.bincount(self.val_set.labels)
         return (
-            f"validation: {metrics['accuracy']:.1%} right; always choosing the most frequent class would give "
-            f"{counts.max() / counts.sum():.1%}"
+            f"{self.config.data.eval_name}: {metrics['accuracy']:.1%} right; "
+            f"always choosing the most frequent class would give {counts.max() / counts.sum():.1%}"
         )
 
 

@@ -18,10 +18,10 @@ from torchvision.transforms import v2
 
 from perceiver import decoding, pictures
 from perceiver.adapters import FourierPositions, InputAdapter, TrainablePositions
-from perceiver.config import Count, NonNegative, NonNegativeInt, Positive, Probability, ValFraction
+from perceiver.config import Count, NonNegative, NonNegativeInt, Positive, Probability
 from perceiver.data import (
+    LabelledConfig,
     LabelledImages,
-    LoaderConfig,
     Shuffled,
     TextBlocks,
     Tokens,
@@ -142,7 +142,7 @@ NORMALIZATION = {
 
 
 @dataclass
-class ImageFilesConfig(LoaderConfig):
+class ImageFilesConfig(LabelledConfig):
     """A data set of images, and its augmentation in training."""
 
     dataset: Literal["mnist", "cifar10", "imagefolder"] = "imagefolder"
@@ -150,7 +150,6 @@ class ImageFilesConfig(LoaderConfig):
     # are read from cache_dir, and downloaded if absent.
     path: str | None = None
     cache_dir: str = "data"
-    val_fraction: ValFraction = 0.1  # fraction of each class held out, if an imagefolder has no val
     # The center crop, as a fraction of the largest one; null: 0.875 for imagefolder, 1 for others. Training crops the
     # center, too, unless random_resized_crop is true.
     eval_crop: Annotated[float, "(0, 1]"] | None = None
@@ -251,7 +250,7 @@ def load_images(config, image_shape):
         raise UserError("data.path=null must be a folder of images: CLASS/*, or train/CLASS/* and val/CLASS/*")
     else:
         folder = Path(config.path).expanduser()
-        *parts, note = labelled_files(folder, IMG_EXTENSIONS, config.val_fraction)
+        *parts, note = labelled_files(folder, IMG_EXTENSIONS, config)
         train, val = map(list_files, parts)
     channels = image_shape[2]
     train_images = Images(train, config.transform(image_shape, train=True), channels)
@@ -509,7 +508,7 @@ class ImageSequences(Autoregression):
         train, val = some_values(self.train_images), some_values(self.val_images)
         bits = metrics["bits_per_dim"]
         baseline = unigram_bits(Tokens(train), [{"labels": val}])
-        return f"validation: {bits:.3f} bits per dimension; the unigram baseline has {baseline:.3f}"
+        return f"{self.config.data.eval_name}: {bits:.3f} bits per dimension; the unigram baseline has {baseline:.3f}"
 
     def generate(self, model, args):
         """Writes a picture of the prompt's image, its upper half, and samples that complete this half."""

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from perceiver.config import ValFraction
 from perceiver.data import (
     STDLIB,
     ByteTokenizer,
-    LoaderConfig,
+    LabelledConfig,
     find_source,
     pad_right,
     split_classes,
@@ -38,7 +37,7 @@ class TextClassifierConfig(ClassifierConfig):
 
 
 @dataclass
-class TextClassificationDataConfig(LoaderConfig):
+class TextClassificationDataConfig(LabelledConfig):
     dataset: Literal["stdlib", "imdb"] = "stdlib"  # stdlib: which package of this Python holds the code?
     # Your data instead of a dataset: a folder with CLASS/*.txt; a folder with one text file per class and one example
     # per line; or a .csv, .tsv or .jsonl file with one example per row. A folder may also hold train and val (or test),
@@ -47,7 +46,6 @@ class TextClassificationDataConfig(LoaderConfig):
     text_column: str = "text"  # of a .csv, .tsv or .jsonl file
     label_column: str = "label"
     cache_dir: str = "data"  # folder of the datasets; a missing dataset is downloaded to it
-    val_fraction: ValFraction = 0.1  # fraction of each class held out for validation if the data has no split
 
 
 class LabelledText(Dataset):
@@ -78,9 +76,9 @@ def load_labelled_text(config: TextClassificationDataConfig, max_seq_len: int):
     """
     source = find_source(config)
     if source == STDLIB:
-        train, val, note = split_classes(source, stdlib_packages, config.val_fraction)
+        train, val, note = split_classes(source, stdlib_packages, config)
         return read_pieces(train, max_seq_len), read_pieces(val, max_seq_len), note
-    return split_classes(source, partial(read_classes, config), config.val_fraction)
+    return split_classes(source, partial(read_classes, config), config)
 
 
 def read_classes(config, source) -> ClassTexts:

@@ -31,8 +31,8 @@ from perceiver.adapters import (
     TrainableQueries,
     VectorInput,
 )
-from perceiver.config import Count, NonNegative, Probability, ValFraction
-from perceiver.data import LoaderConfig, Shuffled, labelled_files
+from perceiver.config import Count, NonNegative, Probability
+from perceiver.data import LabelledConfig, Shuffled, labelled_files
 from perceiver.errors import UserError, reading
 from perceiver.io import import_optional, input_files, output, progress, save_picture, tell
 from perceiver.model import PerceiverDecoder, PerceiverIO, PerceiverIOConfig
@@ -170,9 +170,8 @@ class MultimodalAutoencoderConfig(PerceiverIOConfig):
 
 
 @dataclass
-class VideoDataConfig(LoaderConfig):
+class VideoDataConfig(LabelledConfig):
     path: str | None = None  # folder of videos, CLASS/* or train/CLASS/* and val/CLASS/*; null: generated clips
-    val_fraction: ValFraction = 0.1  # fraction of each class held out, if there is no folder val
     val_size: Count = 64  # number of generated validation clips
     allow_silent: bool = False  # true: a video without sound gives silence; false: it is an error
     num_image_queries: Count = 512  # random pixels to reconstruct per training example
@@ -191,9 +190,11 @@ def load_clips(config: VideoDataConfig, clip: VideoInputConfig):
     Raises UserError if the folder of videos has another layout, or if the package av is missing.
     """
     if config.path is None:
+        if config.eval_split == "test":
+            raise UserError("data.eval_split=test: generated clips have no part test; leave it at val")
         return GeneratedClips(clip, 2**20, part=0), GeneratedClips(clip, config.val_size, part=1), ""
     import_av()
-    train, val, note = labelled_files(Path(config.path), SUFFIXES, config.val_fraction)
+    train, val, note = labelled_files(Path(config.path), SUFFIXES, config)
     return VideoFiles(train, clip, config.allow_silent, random=True), VideoFiles(val, clip, config.allow_silent), note
 
 
@@ -576,7 +577,7 @@ class MultimodalAutoencoding(Task):
             error += (image - mean_frame).square().mean()
             own_error += (image - image.mean(0)).square().mean()
         return (
-            f"validation: PSNR {metrics['psnr']:.2f} dB; the mean frame of training clips would give "
+            f"{self.config.data.eval_name}: PSNR {metrics['psnr']:.2f} dB; the mean frame of training clips would give "
             f"{decibels(len(val), error):.2f} dB, the mean frame of the clip itself "
             f"{decibels(len(val), own_error):.2f} dB"
         )
