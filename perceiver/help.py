@@ -30,16 +30,20 @@ CONFIG is a YAML file such as those in configs/. Each section.key=value changes 
 
 def read_command(arguments: list[str], usage: str, tasks: dict[str, type]) -> Config | None:
     """The config that the command line asks for. None if it asked for help or the list, which are printed here."""
-    files = [argument for argument in arguments if argument not in HELP]
+    others = [argument for argument in arguments if argument not in HELP]
+    wants_help = len(others) < len(arguments)
+    has_config = bool(others) and ("=" not in others[0] or Path(others[0]).exists())
     if "--list" in arguments:
         print(*recipe_lines(CONFIGS), sep="\n")
-    elif len(files) < len(arguments):
-        lines = config_lines(load_config(files[0], files[1:], tasks), tasks) if files else common_lines(tasks)
-        print(usage, *lines, sep="\n")
-    elif not files:
+        return None
+    if not has_config and not wants_help:
         raise UserError(f"the config is missing. {usage}")
-    else:
-        return load_config(files[0], files[1:], tasks)
+    config = load_config(others[0], others[1:], tasks) if has_config else None
+    if not wants_help:
+        return config
+    lines = config_lines(config, tasks) if has_config else common_lines(tasks)
+    print(usage, *lines, sep="\n")
+    return None
 
 
 def recipe_lines(folder: Path) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 from perceiver import help
 from perceiver.config import load_config
+from perceiver.errors import UserError
 from perceiver.tasks import TASKS
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -77,6 +78,11 @@ def test_recipes_are_listed_with_their_first_sentence(capsys):
     assert [line.split()[0] for line in lines] == [path.stem for path in RECIPES]
     assert "clm                   A small Perceiver AR on bytes." in lines
     assert all(len(line) < 125 and len(line.split()) > 3 for line in lines)
+
+
+def test_an_override_is_no_config():
+    with pytest.raises(UserError, match="the config is missing. usage"):
+        help.read_command(["optim.lr=3"], "usage", TASKS)
 
 
 def test_help_without_a_config(capsys):
