@@ -25,7 +25,7 @@ GOLDEN = Path(__file__).parent / "golden"
 FLOAT32 = "train.precision=float32"
 # Overrides of clm.yaml for a run of seconds: a tiny model and small batches
 TINY = ["model.max_seq_len=32", "model.num_latents=8", "model.num_channels=16", "model.num_heads=2",
-        "model.num_ngram_buckets=100", "data.min_seq_len=null",
+        "model.num_ngram_buckets=100",
         "model.num_self_attention_layers=1", "data.val_size=200", "data.batch_size=4", "train.log_every=1", FLOAT32]
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
