@@ -104,7 +104,7 @@ def memory_advice(config: Config, ranks: Ranks) -> str:
     if not uses_bf16(train.precision, ranks.device):
         advice.append("train.precision=bf16 (activations of half the size)")
     for name in ("max_seq_len", "num_latents"):
-        size = getattr(model, name, 1)
+        size = getattr(model, name, None) or 1
         if size > 1:
             advice.append(f"model.{name}={size // 2} instead of {size} (another model)")
     advice.append(f"more processes (torchrun --nproc-per-node N, now {processes})")
