@@ -9,13 +9,14 @@ images completes the lower half of an image:
 import argparse
 import os
 import shutil
+import time
 
 import torch
 
 from perceiver import int8
 from perceiver.distributed import find_device
-from perceiver.errors import UserError, run_script
-from perceiver.io import check_counts, check_options
+from perceiver.errors import UserError, explaining_memory, run_script
+from perceiver.io import check_counts, check_options, tell
 from perceiver.model import PerceiverAR
 from perceiver.pretrained import load_model
 
@@ -53,6 +54,16 @@ def parse_args() -> argparse.Namespace:
         type=int,
         help="number of tokens between two moves of the window; default: half the number of latents",
     )
+    parser.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="text: end before TEXT, which may be given several times; for a model of token ids, TEXT is ids such as "
+        "'17 4'. A sample also ends at the tokenizer's end-of-text token",
+    )
+    parser.add_argument("--no-prompt", action="store_true", help="text: leave the prompt out of the output")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per sample")
     parser.add_argument("--tokenizer", help="text: a tokenizer.json; default: the model's own tokenizer")
     parser.add_argument(
         "--out",
@@ -60,6 +71,9 @@ def parse_args() -> argparse.Namespace:
         "images: default completion.png",
     )
     parser.add_argument("--piano-roll", metavar="PNG", help="music: also write a picture of the notes")
+    parser.add_argument(
+        "--prompt-seconds", metavar="S", type=float, help="music: use only the first S seconds of the prompt"
+    )
     parser.add_argument("--no-kv-cache", action="store_true", help="run the model on the whole window for every token")
     parser.add_argument(
         "--dtype",
@@ -69,7 +83,7 @@ def parse_args() -> argparse.Namespace:
         "bfloat16 is for GPUs, int8 for one sample on a CPU with --compile",
     )
     parser.add_argument(
-        "--compile", action="store_true", help="use torch.compile: the first token takes 20 s, further ones are faster"
+        "--compile", action="store_true", help="use torch.compile: the first token takes 20 s, others are faster"
     )
     parser.add_argument(
         "--device",
@@ -88,13 +102,20 @@ def main(args: argparse.Namespace):
     if args.dtype == "int8" and not args.compile:
         raise UserError("--dtype int8 without --compile is slower than float32: add --compile")
     task, model = load_model(args.ckpt, device)
-    check_options(task, args, ("tokenizer", "out", "piano_roll"))
+    check_options(task, args, ("tokenizer", "out", "piano_roll", "stop", "no_prompt", "prompt_seconds"))
     if isinstance(model, PerceiverAR):
         if args.dtype == "int8":
             int8.quantize(model)
         else:
             model.to(getattr(torch, args.dtype))
-    task.generate(model, args)
+    start = time.perf_counter()
+    advice = f"--num-samples {args.num_samples}: fewer need less memory, and so do --dtype bfloat16 and --device cpu"
+    with explaining_memory(advice):
+        task.generate(model, args)
+    seconds = time.perf_counter() - start
+    count = getattr(task, "num_sampled", 0)
+    if count:
+        tell(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s")
 
 
 if __name__ == "__main__":

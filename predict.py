@@ -11,7 +11,7 @@ import sys
 import torch
 
 from perceiver.distributed import find_device
-from perceiver.errors import UserError, run_script
+from perceiver.errors import UserError, explaining_memory, run_script
 from perceiver.io import check_counts, check_options
 from perceiver.pretrained import VARIANTS, load_model
 
@@ -25,12 +25,14 @@ masked language models
   each mask, its bytes and their probability. The model predicts each byte without knowing the others; the probability
   of a mask is the product over its bytes.
 
-text classifiers    INPUT is a text file; the model sees its start
+text classifiers    INPUT is a text file, a folder of text files, or a text of two or more words; the model sees its
+                    start
 image classifiers   INPUT is an image file or a folder of images
 optical flow        INPUTs are two or more images in order, a folder of images, or a video file. Writes pictures of the
                     flow from each frame to the next. For two or more image files, also writes .flo files
-video autoencoders  INPUT is a video file; the model sees and hears its start. Prints classes. Writes a video and a
-                    picture of the original beside its reconstruction, and the reconstructed sound
+video autoencoders  INPUT is a video file or a folder of videos; the model sees and hears the start of each. Prints
+                    classes. Writes a video and a picture of the original beside its reconstruction, and the
+                    reconstructed sound
 """
 
 
@@ -49,6 +51,8 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--top-k", type=int, default=5, help="number of classes to print; default: %(default)s")
     parser.add_argument("--mask-bytes", type=int, default=7, help="number of bytes for a [MASK]; default: %(default)s")
+    parser.add_argument("--limit", metavar="N", type=int, help="at most N inputs, or frames of a video; default: all")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per result")
     parser.add_argument("--attention", action="store_true", help="write a picture of the attention of some latents")
     parser.add_argument(
         "--latents",
@@ -83,14 +87,14 @@ def parse_latents(text: str, num_latents: int) -> list[int]:
 
 
 def main(args: argparse.Namespace):
-    check_counts(args, "top_k", "mask_bytes")
+    check_counts(args, "top_k", "mask_bytes", "limit")
     if args.latents is not None and not args.attention:
         raise UserError(f"--latents {args.latents} selects latents for the picture of --attention: add --attention")
     task, model = load_model(args.ckpt, find_device(args.device), args.variant)
     check_options(task, args, ("attention",))
     if args.latents is not None:
         args.latents = parse_latents(args.latents, task.config.model.num_latents)
-    with torch.inference_mode():
+    with explaining_memory("Give fewer or smaller inputs, or use --device cpu"), torch.inference_mode():
         task.predict(model, args)
 
 

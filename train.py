@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from perceiver import checkpoint, distributed, io
-from perceiver.config import Config, load_config, to_dict, to_yaml
+from perceiver.config import Config, to_dict, to_yaml
 from perceiver.data import TrainKeys, derive_seed, eval_loader, train_loader
 from perceiver.distributed import Ranks, StopSignal, add, to_floats, uses_bf16
-from perceiver.errors import UserError, run_script
+from perceiver.errors import UserError, explaining_memory, run_script
+from perceiver.help import read_command
 from perceiver.log import RunLog, format_metrics
 from perceiver.optim import build_optimizer, learning_rate, scale_and_clip
 from perceiver.pretrained import init_weights_from
+from perceiver.profile import memory_advice, profiling, uses_compile
 from perceiver.speed import SpeedMeter
 from perceiver.tasks import TASKS
 
@@ -215,17 +217,14 @@ def check_finite(step: int, **values: float):
 
 
 def main() -> int:
-    usage = __doc__.splitlines()[0]
-    arguments = sys.argv[1:]
-    if "-h" in arguments or "--help" in arguments:
-        print(usage)
+    config = read_command(sys.argv[1:], __doc__.splitlines()[0], TASKS)
+    if config is None:  # the command asked for help
         return 0
-    if not arguments:
-        raise UserError(f"the config is missing. {usage}")
-    config = load_config(arguments[0], arguments[1:], TASKS)
     ranks = distributed.init_ranks(config.train.device)
+    config.train.compile = uses_compile(config.train, ranks)
     try:
-        return train(config, ranks)
+        with explaining_memory(memory_advice(config, ranks)), profiling(config.train, ranks):
+            return train(config, ranks)
     except FloatingPointError as error:
         if ranks.is_main:
             io.tell(

@@ -228,8 +228,9 @@ class Linear(nn.Linear):
 # ----------------------------------------------------------------------------------------------------------------------
 # Attention without projections
 #
-# Often one array is much longer than the other: inputs beside latents, or output queries beside latents. The projections
-# of the longer array then take most of the time. They can move to the shorter array, because matrix products associate.
+# Often one array is much longer than the other: inputs beside latents, or output queries beside latents. The
+# projections of the longer array then take most of the time. They can move to the shorter array, because matrix
+# products associate.
 # For unprojected inputs X as keys and values, and for unprojected queries X:
 #
 #     softmax(q (X Wk^T)^T) (X Wv^T) = (softmax((q Wk) X^T) X) Wv^T
@@ -254,7 +255,8 @@ KeysValues = tuple[Tensor, Tensor] | Unprojected
 def weight_with_bias(layer: nn.Module, num_heads: int, norm: nn.LayerNorm | None = None) -> Tensor:
     """The weights (H, C/H, W) of a linear map of inputs (..., Cin) with ones appended.
 
-    Column Cin is the bias. Zeros pad W to a multiple of 8. The inputs lack the scale and shift of `norm`, if it is given.
+    Column Cin is the bias. Zeros pad W to a multiple of 8. The inputs lack the scale and shift of `norm`, if it is
+    given.
     """
     weight = layer.weight
     bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias

@@ -63,12 +63,13 @@ class TrainConfig:
     seed: Annotated[int, "[0, 1e18]"] = 0  # for initialization, data and dropout
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA if there is a GPU
     precision: Literal["auto", "bf16", "float32"] = "auto"  # auto: bf16 if it is fast on the GPU or CPU
-    compile: bool = False  # torch.compile the model
+    compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA if there is a compiler, not on a CPU
     resume: str = "auto"  # auto: from the run's last.pt if it exists; never: start anew; or a path of a checkpoint
     log_every: Count = 10  # steps between log lines
     eval_every: Count = 500  # steps between evaluations on the validation set
     save_every: Count = 500  # steps between checkpoints; evaluations save one too
     eval_only: bool = False  # evaluate the checkpoint that `resume` selects, and stop; it writes nothing
+    profile: NonNegativeInt = 0  # write a trace of so many steps to profile.json in the run folder; 0: none
     dry_run: bool = False  # build the model, print the config and the number of parameters, stop
 
 
@@ -175,10 +176,11 @@ def convert(value: Any, hint: Any, key: str) -> Any:
         check_interval(number, arguments[1], key)
         return number
     if origin is Literal:
+        parsed = parse(value) if isinstance(value, Text) else value
         for choice in arguments:
-            if str(choice) == str(value):
+            if as_text(choice) == as_text(parsed):
                 return choice
-        raise UserError(f"{key}={value!r} must be one of {', '.join(map(str, arguments))}")
+        raise UserError(f"{key}={value!r} must be one of {', '.join(map(as_text, arguments))}")
     if isinstance(value, Text):
         value = str(value) if hint is str else parse(value)
     if dataclasses.is_dataclass(hint):
@@ -197,6 +199,11 @@ def convert(value: Any, hint: Any, key: str) -> Any:
     expected = "list" if origin is tuple else hint.__name__
     advice = "; put it in quotes" if hint is str else ""
     raise UserError(f"{key}={value!r} must be {expected}, not {type(value).__name__}{advice}")
+
+
+def as_text(choice: Any) -> str:
+    """A value of a Literal as one writes it in YAML."""
+    return str(choice).lower() if isinstance(choice, bool) else str(choice)
 
 
 def parse(text: str) -> Any:

@@ -52,6 +52,8 @@ class LoaderConfig:
     batch_size: Count = 16  # examples of one optimizer step, over all ranks and micro-batches
     num_workers: NonNegativeInt = 0  # processes that load data, per rank; 0: the training process itself
 
+    eval_name = "validation"  # of the data that evaluation uses
+
 
 @dataclass
 class Shuffled(Dataset):
@@ -174,6 +176,7 @@ class ByteTokenizer:
     OFFSET = 6
     vocab_size = 262
     unit = "byte"
+    end_of_text = EOS
 
     def encode(self, text: str | bytes) -> list[int]:
         """Surrogates in `text` stand for bytes that are not UTF-8."""
@@ -190,6 +193,7 @@ class IdTokenizer:
     """Token ids written as numbers, like "17 4 256", for corpora of token ids."""
 
     unit = "token"
+    end_of_text = None  # unknown
 
     def encode(self, text: str) -> list[int]:
         try:
@@ -205,6 +209,7 @@ class JsonTokenizer:
     """The tokenizer in a tokenizer.json, without special tokens: BPE, Unigram, or another that `tokenizers` reads."""
 
     unit = "token"
+    END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]")  # its name in common tokenizers
 
     def __init__(self, json: str, source: str | Path):
         """`json` is the text of a tokenizer.json. Error messages name its `source`."""
@@ -214,7 +219,9 @@ class JsonTokenizer:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.json = json
-        self.vocab_size = 1 + max(self.tokenizer.get_vocab().values())
+        vocab = self.tokenizer.get_vocab()
+        self.vocab_size = 1 + max(vocab.values())
+        self.end_of_text = next((vocab[name] for name in self.END_OF_TEXT if name in vocab), None)
 
     @classmethod
     def read(cls, file):
@@ -663,17 +670,31 @@ def hold_out_folders(root, files, val_fraction):
     return list(chain(*train)), list(chain(*val))
 
 
-def split_classes(source: Path, read: Callable[[Path], dict], val_fraction: float) -> tuple[dict, dict, str]:
+@dataclass
+class LabelledConfig(LoaderConfig):
+    """The fields that say how labeled examples are split."""
+
+    val_fraction: ValFraction = 0.1  # fraction of each class held out for validation, if the data has no val
+    eval_split: Literal["val", "test"] = "val"  # test: evaluate on the part test of the data instead
+
+    @property
+    def eval_name(self) -> str:
+        return "test" if self.eval_split == "test" else "validation"
+
+
+def split_classes(source: Path, read: Callable[[Path], dict], config: LabelledConfig) -> tuple[dict, dict, str]:
     """Examples by class for training and for validation, and a line that says where they come from.
 
     `read` takes a file or folder and returns its examples by class. If `source` holds train and val (or test), they are
-    the two parts. Otherwise the two parts are split from `source` (from train, if `source` holds nothing else), with
-    `val_fraction` of each class for validation. Raises UserError if a class has only one example, or if the classes of
-    the two parts differ.
+    the two parts; with `eval_split` test the second is always test. Otherwise the two parts are split from `source`
+    (from train, if `source` holds nothing else), with `val_fraction` of each class for validation. Raises UserError if
+    a class has only one example, or if the classes of the two parts differ.
     """
     parts = {split_part(place.name): place for place in visible_places(source)}
     train_part = parts.get("train")
-    val_part = parts.get("val") or parts.get("test")
+    val_part = parts.get(config.eval_split) or parts.get("test")
+    if config.eval_split == "test" and not (train_part and val_part):
+        raise UserError(f"data.eval_split=test: {source} does not hold the parts train and test; leave it at val")
     if train_part and val_part:
         train, val = read(train_part), read(val_part)
         origin = f"{train_part.name} and {val_part.name}"
@@ -685,16 +706,16 @@ def split_classes(source: Path, read: Callable[[Path], dict], val_fraction: floa
         for name, examples in read(source).items():
             if len(examples) < 2:
                 raise UserError(f"class {name} of {source} has one example; it needs two, one of them for validation")
-            train[name], val[name] = hold_out(examples, val_fraction)
+            train[name], val[name] = hold_out(examples, config.val_fraction)
     if train.keys() != val.keys():
         raise UserError(f"{origin} of {source} must hold the same classes, not {', '.join(train)} / {', '.join(val)}")
     num_train, num_val = (sum(map(len, classes.values())) for classes in (train, val))
-    return train, val, f"{source}: {num_train:,} examples for training, {num_val:,} for validation ({origin})"
+    return train, val, f"{source}: {num_train:,} examples for training, {num_val:,} for {config.eval_name} ({origin})"
 
 
-def labelled_files(source: Path, suffixes: tuple[str, ...], val_fraction: float) -> tuple[dict, dict, str]:
+def labelled_files(source: Path, suffixes: tuple[str, ...], config: LabelledConfig) -> tuple[dict, dict, str]:
     """`split_classes` of files that end in one of `suffixes`, with one folder per class."""
-    return split_classes(source, lambda folder: class_files(folder, suffixes), val_fraction)
+    return split_classes(source, lambda folder: class_files(folder, suffixes), config)
 
 
 def class_files(folder, suffixes):

@@ -14,7 +14,7 @@ Letters in shapes are those of model.py; S is the number of positions in a cache
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -256,15 +256,19 @@ def generate(
     stride: int | None = None,
     kv_cache=True,
     compile=False,
+    stop: Sequence[list[int]] = (),
 ) -> Iterator[Tensor]:
-    """An iterator that yields the next token (B,) of every prompt, `max_new_tokens` times.
+    """An iterator that yields the next token (B,) of every prompt, at most `max_new_tokens` times.
 
     The model must be in evaluation mode. Prompts may differ in length. If a prompt is longer than the context, the
     model sees its end. Row b has its own random generator with seed + b, so it does not depend on the rest of the
     batch. `stride`, `kv_cache` and `compile` are options of `Decoder`.
 
-    Raises ValueError as `Decoder` does, and for a temperature below 0, a top_k below 1, a top_p outside (0, 1] or an
-    impossible seed. It does so at once, before the first token.
+    A row ends when its new tokens end with one of the sequences `stop`. From then on the iterator yields ENDED for this
+    row, and it stops when all rows have ended. `new_tokens` collects the tokens of each row without the stop sequence.
+
+    Raises ValueError as `Decoder` does, and for a temperature below 0, a top_k below 1, a top_p outside (0, 1], an
+    impossible seed or an empty stop sequence. It does so at once, before the first token.
     """
     if not temperature >= 0:
         raise ValueError(f"temperature={temperature} must be 0 (greedy) or more")
@@ -274,6 +278,8 @@ def generate(
         raise ValueError(f"top_p={top_p} must be in (0, 1]")
     if not 0 <= seed < 2**63 - len(prompts):
         raise ValueError(f"seed={seed} must be at least 0 and below 2^63 minus the number of samples")
+    if not all(stop):
+        raise ValueError("a stop sequence needs at least one token")
     decoder = Decoder(model, prompts, stride, kv_cache, compile)
     uniform = []
     for row in range(len(prompts)):
@@ -281,9 +287,59 @@ def generate(
         uniform.append(torch.rand(max_new_tokens, generator=generator))
 
     def tokens() -> Iterator[Tensor]:
+        rows = [UntilStop(stop) for _ in prompts]
         for numbers in torch.stack(uniform, dim=1).to(decoder.device):
             new = sample_token(decoder.logits(), numbers, temperature, top_k, top_p)
+            # A row that has ended still grows, so that the steps of the other rows compute the same as without `stop`.
             decoder.append(new)
-            yield new
+            ended = [row.ended for row in rows]
+            yield new.masked_fill(torch.tensor(ended, device=new.device), ENDED) if any(ended) else new
+            if stop:
+                for row, sequence in zip(rows, decoder.sequences):
+                    row.push(sequence[-1:])
+            if all(row.ended for row in rows):
+                return
 
     return tokens()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The end of a generation
+
+ENDED = -1  # `generate` yields it for a row that has ended
+
+
+class UntilStop:
+    """Text or a list of tokens that arrives in pieces, up to the first of several stop sequences of the same type.
+
+    `push` returns all that is known to come before a stop sequence. It holds back an ending that may be the start of
+    one. `ended` tells whether a stop sequence has come.
+    """
+
+    def __init__(self, stop: Sequence[str] | Sequence[list[int]]):
+        self.stop = stop
+        self.held = None
+        self.ended = False
+
+    def push(self, new: str | list[int], final=False) -> str | list[int]:
+        """`final` says that nothing follows `new`, so that nothing is held back."""
+        nothing = new[:0]
+        if self.ended:
+            return nothing
+        items = (self.held or nothing) + new
+        self.held = nothing
+        for place in range(len(items)):
+            rest = items[place:]
+            if any(rest[: len(stop)] == stop for stop in self.stop):
+                self.ended = True
+                return items[:place]
+            if not final and any(rest == stop[: len(rest)] for stop in self.stop):
+                self.held = rest
+                return items[:place]
+        return items
+
+
+def new_tokens(steps: Iterable[Tensor], stop: Sequence[list[int]] = ()) -> list[list[int]]:
+    """The new tokens of each row from all steps of `generate`, without the stop sequence and what follows it."""
+    rows = torch.stack(list(steps), dim=1).tolist()
+    return [UntilStop([*stop, [ENDED]]).push(row, final=True) for row in rows]

@@ -1,9 +1,11 @@
 """Errors for the user: a mistake in the input becomes one line and exit code 2, never a traceback."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 import torch
 
@@ -35,12 +37,38 @@ def reason(error: Exception) -> str:
     return message or type(error).__name__
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on a GPU or on the CPU. On the CPU, PyTorch raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@contextmanager
+def explaining_memory(advice: str) -> Iterator[None]:
+    """Turns an out-of-memory error in the block into a UserError of one line, with `advice`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory ({reason(error)[-200:]}). {advice}") from None
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """`text` as it is, or for a terminal with escaped control characters: they could change how the terminal works.
+
+    Surrogates, which stand for bytes that are not UTF-8, are escaped too.
+    """
+    if not stream.isatty():
+        return text
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda c: f"\\x{ord(c[0]) & 255:02x}", text)
+
+
 def run_script(main: Callable[[], int | None]):
     """Runs the `main` of a script and exits with the code that it returns, or with the code of its exception."""
     try:
         code = main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}", sys.stderr), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -49,6 +77,6 @@ def run_script(main: Callable[[], int | None]):
         code = 0
     except OSError as error:  # for example a full disk
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{reason(error)}", file=sys.stderr)
+        print(printable(f"error: {where}{reason(error)}", sys.stderr), file=sys.stderr)
         code = 2
     sys.exit(code)

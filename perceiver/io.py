@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import json
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.v2.functional import to_pil_image
 from tqdm import tqdm
 
-from perceiver.errors import UserError, reading, reason
+from perceiver.errors import UserError, printable, reading, reason
 
 
 def import_optional(package: str, purpose: str) -> ModuleType:
@@ -161,12 +162,20 @@ def check_md5(file: Path, md5: str | None):
 
 def say(*lines: str):
     """Prints a result to stdout, above any progress bar."""
-    tqdm.write("\n".join(lines), sys.stdout)
+    tqdm.write(printable("\n".join(lines), sys.stdout), sys.stdout)
+
+
+def report(args: Namespace, result: dict, *lines: str):
+    """Prints a result of generate.py or predict.py: `lines`, or with --json one line with the JSON object `result`."""
+    if args.json:
+        lines = [json.dumps(result)]
+    if lines:
+        say(*lines)
 
 
 def tell(line: str):
     """Prints a remark to stderr, above any progress bar."""
-    tqdm.write(line, sys.stderr)
+    tqdm.write(printable(line, sys.stderr), sys.stderr)
 
 
 def check_options(task, args: Namespace, names: Iterable[str]):
@@ -179,7 +188,7 @@ def check_options(task, args: Namespace, names: Iterable[str]):
 def check_counts(args: Namespace, *names: str):
     """Raises UserError if one of the options `names` is below 1."""
     for name in names:
-        if vars(args)[name] < 1:
+        if vars(args)[name] is not None and vars(args)[name] < 1:
             raise UserError(f"--{name.replace('_', '-')} {vars(args)[name]} must be at least 1")
 
 
@@ -187,8 +196,25 @@ def shorten(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def progress(inputs: list[str]) -> Iterator[tuple[str, str]]:
-    """Yields each input with a unique name for its output files. Shows a progress bar if there are several inputs."""
+def input_files(inputs: list[str], endings: tuple[str, ...], what: str) -> list[str]:
+    """`inputs`, with each folder replaced by its files with one of `endings`. Raises UserError if a folder has none."""
+    files = []
+    for source in inputs:
+        found = [source]
+        if os.path.isdir(source):
+            names = [str(file) for file in visible_files(Path(source))]
+            found = sorted((name for name in names if name.lower().endswith(endings)), key=natural_key)
+            if not found:
+                raise UserError(f"{source} holds no {what}")
+        files += found
+    return files
+
+
+def progress(inputs: list[str], limit: int | None = None) -> Iterator[tuple[str, str]]:
+    """Yields each input, up to `limit`, with a unique name for its output files. Shows a progress bar for several."""
+    if limit is not None and limit < len(inputs):
+        tell(f"--limit {limit} leaves out {len(inputs) - limit} of {len(inputs)} inputs")
+        inputs = inputs[:limit]
     uses = Counter()
     with tqdm(inputs, disable=len(inputs) == 1) as bar:
         for source in bar:

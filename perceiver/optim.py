@@ -57,9 +57,9 @@ class Lamb(torch.optim.Optimizer):
 class Muon(torch.optim.Optimizer):
     """Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon) for weight matrices.
 
-    It replaces the momentum of a matrix by a nearby matrix with orthogonal rows or columns. The update has the root mean
-    square of AdamW's, and weight decay is AdamW's (arXiv 2502.16982, section 2.2). torch.optim.Muon does the same, but
-    only in bfloat16, which is slow on most CPUs, and one matrix at a time.
+    It replaces the momentum of a matrix by a nearby matrix with orthogonal rows or columns. The update has the root
+    mean square of AdamW's, and weight decay is AdamW's (arXiv 2502.16982, section 2.2). torch.optim.Muon does the same,
+    but only in bfloat16, which is slow on most CPUs, and one matrix at a time.
     """
 
     def __init__(self, params, lr: float, lr_factor: float, momentum: float, weight_decay: float):

@@ -198,6 +198,37 @@ def characters(input_ids):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Confusion matrix
+
+
+def confusion_matrix(counts, names):
+    """A picture of `counts` (E, E): a row for each class, a column for each answer, darker for more of the row.
+
+    Up to 40 classes have names and numbers; the cells of more classes are small squares.
+    """
+    num_classes = len(counts)
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    labelled = num_classes <= 40
+    cell = 40 if labelled else max(1, 1000 // num_classes)
+    names = [name if len(name) <= 20 else f"{name[:17]}..." for name in names] if labelled else []
+    font = ImageFont.load_default(12)
+    left = 2 * MARGIN + math.ceil(max([font.getlength(name) for name in names], default=0))
+    top = 2 * CAPTION
+    canvas, draw = blank((left + num_classes * cell + MARGIN, top + num_classes * cell + MARGIN), font_size=12)
+    draw.text((left, 8), "rows: the class; columns: the model's answer", "black")
+    colors = (255 + shares[..., None] * (RED - 255)).byte()  # (E, E, 3)
+    squares = colors.repeat_interleave(cell, 0).repeat_interleave(cell, 1)
+    canvas.paste(to_pil_image(squares.movedim(-1, 0)), (left, top))
+    for row, name in enumerate(names):
+        draw.text((MARGIN, top + row * cell + cell // 3), name, "black")
+        draw.text((left + row * cell + 4, top - 20), name[:5], "black")
+        for column, count in enumerate(counts[row].tolist()):
+            if count:
+                draw.text((left + column * cell + 4, top + row * cell + cell // 3), str(count), "black")
+    return pil_to_tensor(canvas)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Images, videos, optical flow
 
 

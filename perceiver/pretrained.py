@@ -275,7 +275,7 @@ KEYS = {
     "perceiver.decoder.decoder.": "perceiver.decoder.",
     "perceiver.decoder.decoding_cross_attention.": "decoder.cross_attention.",
     "perceiver.decoder.output_position_encodings.position_embeddings": "query_provider.table.weight",
-    "perceiver.decoder.modalities.label.decoder.output_position_encodings.position_embeddings": "query_provider.providers.label.table.weight",
+    "perceiver.decoder.modalities.label.decoder.output_position_encodings.position_embeddings": "query_provider.providers.label.table.weight",  # noqa: E501
     "perceiver.decoder.padding.": "query_provider.padding.",
     "perceiver.decoder.final_layer.": "output_adapter.linear.",
     "perceiver.output_postprocessor.modalities.": "output_adapter.adapters.",

@@ -16,9 +16,9 @@ from PIL import Image
 
 from conftest import ROOT
 from perceiver.config import build
-from perceiver.data import (IGNORE, LoaderConfig, Shuffled, TextBlocks, TextWindows, Tokens, TrainKeys, collate_padded,
-                            eval_loader, hold_out, hold_out_folders, labelled_files, load_labelled_images, read_image,
-                            to_channels, train_loader)
+from perceiver.data import (IGNORE, LabelledConfig, LoaderConfig, Shuffled, TextBlocks, TextWindows, Tokens,
+                            TrainKeys, collate_padded, eval_loader, hold_out, hold_out_folders, labelled_files,
+                            load_labelled_images, read_image, to_channels, train_loader)
 from perceiver.distributed import Ranks
 from perceiver.errors import UserError
 
@@ -146,7 +146,7 @@ class Broken(Noisy):
         try:
             raise OSError("on the way")
         except OSError:
-            raise UserError(f"cannot read {number}.png: it is truncated")
+            raise UserError(f"cannot read {number}.png: it is truncated") from None
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -238,15 +238,25 @@ def write(root: Path, *names: str) -> Path:
 def test_labelled_files_with_a_split(tmp_path, held_out):
     write(tmp_path, "train/b/1.avi", "train/a/2.MP4", "train/a/.hidden.avi", "train/a/notes.txt",
           f"{held_out}/a/x.avi", f"{held_out}/b/y.avi", "README")
-    train, val, note = labelled_files(tmp_path, (".avi", ".mp4"), 0.1)
+    train, val, note = labelled_files(tmp_path, (".avi", ".mp4"), LabelledConfig())
     assert train == {"a": [tmp_path / "train/a/2.MP4"], "b": [tmp_path / "train/b/1.avi"]}
     assert val == {"a": [tmp_path / held_out / "a/x.avi"], "b": [tmp_path / held_out / "b/y.avi"]}
     assert note == f"{tmp_path}: 2 examples for training, 2 for validation (train and {held_out})"
 
 
+def test_evaluation_on_the_test_part(tmp_path):
+    write(tmp_path, *(f"{part}/{kind}/{part}.avi" for part in ("train", "val", "test") for kind in "ab"))
+    for split, name in (("val", "validation"), ("test", "test")):
+        train, val, note = labelled_files(tmp_path, (".avi",), LabelledConfig(eval_split=split))
+        assert [file.name for file in (*train["a"], *val["b"])] == ["train.avi", f"{split}.avi"]
+        assert note.endswith(f"2 for {name} (train and {split})")
+    with pytest.raises(UserError, match="data.eval_split=test: .* does not hold the parts train and test"):
+        labelled_files(tmp_path / "train", (".avi",), LabelledConfig(eval_split="test"))
+
+
 def test_labelled_files_without_a_split(tmp_path):
     write(tmp_path, *(f"{kind}/{n}.avi" for kind, end in (("a", 30), ("b", 12)) for n in range(10, end)))
-    train, val, note = labelled_files(tmp_path, (".avi",), 0.1)
+    train, val, note = labelled_files(tmp_path, (".avi",), LabelledConfig())
     assert {name: [file.name for file in files] for name, files in val.items()} == {
         "a": ["15.avi", "25.avi"], "b": ["11.avi"]}
     assert len(train["a"]) == 18 and len(train["b"]) == 1
@@ -263,7 +273,7 @@ def test_labelled_files_without_a_split(tmp_path):
 def test_mistakes_in_folders_are_named(tmp_path, names, message):
     write(tmp_path / "clips", *names)
     with pytest.raises(UserError, match=message) as error:
-        labelled_files(tmp_path / "clips", (".avi",), 0.1)
+        labelled_files(tmp_path / "clips", (".avi",), LabelledConfig())
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -447,7 +457,8 @@ def test_mistakes_in_image_data_are_named(tmp_path, monkeypatch):
     assert "no network" in load("mnist", None, tmp_path / "cache")
 
 
-@pytest.mark.parametrize("content", [b"no IDX file", b"", b"\0\0\x0d\3" + np.array([1, 1, 1], ">i4").tobytes() + b"\0" * 4])
+@pytest.mark.parametrize("content", [b"no IDX file", b"",
+                                     b"\0\0\x0d\3" + np.array([1, 1, 1], ">i4").tobytes() + b"\0" * 4])
 def test_idx_files_of_another_kind_are_refused(tmp_path, content):
     """Text, an empty file, and an IDX file of 32-bit floats."""
     for name in ("images-idx3", "labels-idx1"):

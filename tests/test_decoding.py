@@ -1,11 +1,13 @@
 import os
+import random
+import re
 import shutil
 
 import pytest
 import torch
 
 from perceiver import decoding
-from perceiver.decoding import Decoder, generate, sample_token, window_bounds
+from perceiver.decoding import ENDED, Decoder, UntilStop, generate, new_tokens, sample_token, window_bounds
 from perceiver.int8 import quantize
 from test_model import GOOGLE, NGRAMS, small_model, tokens
 
@@ -194,6 +196,57 @@ def test_continuing_a_text_in_two_calls_is_one_call():
     whole = [t.item() for t in generate(model, [prompt], 50, temperature=0)]
     first = [t.item() for t in generate(model, [prompt], 20, temperature=0)]
     assert whole == first + [t.item() for t in generate(model, [prompt + first], 30, temperature=0)]
+
+
+@pytest.mark.parametrize("options", [dict(), dict(compile=True), dict(kv_cache=False), dict(stride=1)])
+def test_rows_end_one_by_one_and_the_others_do_not_change(uncompiled, options):
+    """Rows end after 3, 20 and up to 61 tokens: before and after moves of the window, and a fourth row."""
+    model = small_model()
+    prompts = [tokens(length).tolist() for length in (5, 30, 9, 2)]
+
+    def rows(count, stop=()):
+        steps = list(generate(model, prompts[:count], 80, 20.0, seed=3, stop=stop, **options))
+        return torch.stack(steps, dim=1).tolist()
+
+    free = rows(4)
+    stop = [row[end - 3 : end] for row, end in zip(free, (3, 20, 61))]
+    ends = [min(at for at in range(3, 81) if row[at - 3 : at] in stop or at == 80) for row in free]
+    assert ends[:2] == [3, 20] and 30 < ends[2] <= 61
+    ended = rows(4, stop)
+    assert len(ended[0]) == max(ends)
+    for row, end, unended in zip(ended, ends, free):
+        assert row[:end] == unended[:end] and set(row[end:]) <= {ENDED}
+    assert new_tokens(torch.tensor(ended).T, stop) == [row[: end - 3] for row, end in zip(free, ends)]
+    assert len(rows(1, stop)[0]) == 3
+
+
+def test_a_stop_sequence_does_not_begin_in_the_prompt():
+    model = small_model()
+    (first,) = generate(model, [[1, 2]], 1, temperature=0)
+    stop = [[2, first.item()]]
+    assert len(list(generate(model, [[1, 2]], 9, temperature=0, stop=stop))) > 1
+    with pytest.raises(ValueError, match="stop"):
+        generate(model, [[1]], 5, stop=[[]])
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_text_ends_at_the_first_stop_sequence_however_it_arrives(as_list):
+    rng = random.Random(0)
+    for _ in range(3000):
+        text = "".join(rng.choices("abc", k=rng.randrange(12)))
+        stop = ["".join(rng.choices("abc", k=rng.randrange(1, 5))) for _ in range(rng.randrange(3))]
+        found = re.search("|".join(map(re.escape, stop)), text) if stop else None
+        expected = text[: found.start()] if found else text
+        convert = list if as_list else str
+        until = UntilStop([convert(sequence) for sequence in stop])
+        shown = convert()
+        while text:
+            size = rng.randrange(1, 4)
+            shown += until.push(convert(text[:size]))
+            assert list(expected[: len(shown)]) == list(shown)  # nothing is shown that must be taken back
+            text = text[size:]
+        shown += until.push(convert(), final=True)
+        assert list(shown) == list(expected) and until.ended == bool(found)
 
 
 def draw(logits, temperature=1.0, top_k=None, top_p=None, count=20_000):

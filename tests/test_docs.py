@@ -68,7 +68,8 @@ def test_options_in_the_pages_exist():
             assert option in options or option == "--nproc-per-node", f"{page.name}: {option}"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "your_own_task.md"], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "your_own_task.md"],
+                         ids=lambda page: page.stem)
 def test_python_of_the_pages_runs(page, tmp_path, monkeypatch):
     """The blocks of a page run in order. Blocks that start with `# needs ...` need things that a test lacks: skip."""
     monkeypatch.chdir(tmp_path)

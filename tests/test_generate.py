@@ -1,9 +1,13 @@
+import json
 import os
+import pty
 import shutil
+import subprocess
+import sys
 
 import pytest
 
-from conftest import run_script, run_train
+from conftest import ROOT, run_script, run_train
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,43 @@ def test_cache_stride_prompt_and_batch(ckpt, tmp_path):
     assert several[1] == sample(ckpt, "--prompt", "the quick brown ", *args, "--seed", "1").stdout
 
 
+def test_samples_end_before_the_stop_text(ckpt):
+    args = ["--prompt", "the quick", "--temperature", "0", "--max-new-tokens", "60"]
+    result = sample(ckpt, *args, "--stop", "never", "--stop", "x. the")
+    assert result.stdout == "the quick brown fo\n" and "15 tokens in" in result.stderr
+    assert sample(ckpt, *args, "--stop", "x. the", "--no-prompt").stdout == " brown fo\n"
+    several = sample(ckpt, *args, "--stop", "fox", "--num-samples", "2", "--no-prompt").stdout
+    assert several == " brown \n-----\n brown \n"
+
+
+def test_json_for_programs(ckpt):
+    args = ["--prompt", "the quick", "--max-new-tokens", "60", "--seed", "7", "--num-samples", "2", "--json"]
+    whole = [json.loads(line) for line in sample(ckpt, *args).stdout.splitlines()]
+    assert [(line["prompt"], line["seed"], line["num_tokens"], line["ended_by"]) for line in whole] == [
+        ("the quick", 7, 60, "length"), ("the quick", 8, 60, "length")]
+    stop = whole[0]["text"][20:26]
+    ended = [json.loads(line) for line in sample(ckpt, *args, "--stop", stop).stdout.splitlines()]
+    for line, before in zip(ended, whole):
+        expected, found, _ = before["text"].partition(stop)
+        assert line["text"] == expected and line["ended_by"] == ("stop" if found else "length")
+    assert ended[0]["num_tokens"] <= 26
+
+
+def test_no_control_bytes_reach_a_terminal(ckpt):
+    """The same command writes the bytes unchanged to a file, and escaped to a terminal. Remarks are not in the text."""
+    args = [sys.executable, "generate.py", "--ckpt", ckpt, "--prompt", "\x1b]0;title\a the\tquick",
+            "--temperature", "0", "--max-new-tokens", "9"]
+    piped = subprocess.run(args, cwd=ROOT, capture_output=True)
+    assert piped.stdout.startswith(b"\x1b]0;title\a the\tquick")
+    reader, terminal = pty.openpty()
+    process = subprocess.Popen(args, cwd=ROOT, stdout=terminal, stderr=subprocess.PIPE)
+    remarks = process.communicate()[1]
+    os.close(terminal)
+    shown = os.read(reader, 10_000)
+    assert b"\\x1b]0;title\\x07 the" in shown and b"\x1b" not in shown and b"\a" not in shown
+    assert shown.endswith(b"\n") and b"tokens/s" in remarks and b"tokens/s" not in shown
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--compile", "--dtype", "int8"]])
@@ -63,6 +104,7 @@ def test_a_long_prompt_is_not_cut_silently(ckpt):
     (["--prompt", "a", "--top-p", "2"], "top_p=2.0"),
     (["--prompt", "a", "--stride", "9"], "stride=9"),
     (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
+    (["--prompt", "a", "--stop", ""], "--stop"),
     (["--prompt-file", "/nowhere.txt"], "/nowhere.txt"),
     (["--prompt", "a", "--dtype", "int8"], "--compile"),
     (["--prompt", "a", "--compile", "--no-kv-cache"], "cache"),

@@ -1,4 +1,5 @@
 """Images: features, transforms, mixing, sequences of values, models that classify and complete them."""
+import json
 import re
 import sys
 from pathlib import Path
@@ -494,7 +495,7 @@ def test_pictures_of_a_run_are_written_to_files(run):
     assert result.returncode == 2 and result.stderr.endswith("has no picture samples; choose from completions\n")
 
 
-def test_completions_keep_the_upper_half(run, monkeypatch):
+def test_completions_keep_the_upper_half(run, monkeypatch, capsys):
     folder, _ = run
     digit = np.random.default_rng(0).integers(0, 256, (8, 8)).astype(np.uint8)
     Image.fromarray(digit).save(folder / "digit.png")
@@ -511,7 +512,9 @@ def test_completions_keep_the_upper_half(run, monkeypatch):
     assert np.array_equal(original, digit) and np.array_equal(given[:4], digit[:4]) and (given[4:] == 128).all()
     assert len(samples) == 3 and all(np.array_equal(sample[:4], digit[:4]) for sample in samples)
     assert not np.array_equal(samples[0], samples[1])
-    assert np.array_equal(complete("--num-samples", "1", "--seed", "2")[2], samples[2])
+    capsys.readouterr()
+    assert np.array_equal(complete("--num-samples", "1", "--seed", "2", "--json")[2], samples[2])
+    assert json.loads(capsys.readouterr().out)["files"] == [f"{folder}/out.png"]
     for args, words in ((("--out", f"{folder}/out.xyz"), "cannot write .*out.xyz: "),
                         (("--out", f"{folder}"), "cannot write"),
                         (("--piano-roll", "a.png"), "--piano-roll"),

@@ -1,4 +1,5 @@
 """Music: MIDI files, events, corpora, windows, training, and generation."""
+import json
 import re
 import sys
 from dataclasses import replace
@@ -15,8 +16,8 @@ from perceiver.distributed import Ranks
 from perceiver.errors import UserError
 from perceiver.tasks import TASKS, music
 from perceiver.tasks.music import (PAD, SHIFT, VELOCITY, MusicDataConfig, MusicWindows, Note, SymbolicMusic, compose,
-                                   decode, encode, join_pieces, load_music, read_midi, split_pieces, stretch,
-                                   transpose, write_midi)
+                                   decode, encode, first_seconds, join_pieces, load_music, read_midi, split_pieces,
+                                   stretch, transpose, write_midi)
 
 mido = pytest.importorskip("mido")
 
@@ -446,12 +447,20 @@ def test_several_samples_of_a_prompt_longer_than_the_context(trained, tmp_path):
     prompt = compose(1006)
     write_midi(tmp_path / "piece.mid", prompt)
     result = continue_piece(trained[0], "--prompt-file", tmp_path / "piece.mid", "--out", tmp_path / "long.mid",
-                            "--num-samples", "2")
+                            "--num-samples", "2", "--json")
     assert result.returncode == 0 and "the model sees only the last 192" in result.stderr, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["files"] for line in lines] == [[f"{tmp_path}/long-{number}.mid"] for number in (1, 2)]
+    assert all(line["prompt_notes"] == len(prompt) and line["new_notes"] > 0 for line in lines)
     first, second = (read_midi(tmp_path / f"long-{number}.mid") for number in (1, 2))
     assert first != second
     for notes in (first, second):
         assert_same(notes[: len(prompt)], prompt, 0.01)
+
+
+def test_the_first_seconds_of_a_piece():
+    notes = [Note(0.0, 1.0, 60, 64), Note(1.5, 3.0, 62, 64), Note(2.0, 2.5, 64, 64)]
+    assert first_seconds(notes, 2.0) == [notes[0], Note(1.5, 2.0, 62, 64)] and first_seconds(notes, 9.0) == notes
 
 
 def test_mistakes_are_one_line_and_exit_code_2(trained, tmp_path):

@@ -1,6 +1,9 @@
 """predict.py, called as from the command line."""
+import json
+import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,11 +13,14 @@ from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from conftest import GOLDEN, MODEL, TEXT_INPUT, fails, new_checkpoint, ranking, run_script, run_train
+import perceiver.io
 from perceiver.config import from_dict
 from perceiver.data import ByteTokenizer
+from perceiver.errors import printable
 from perceiver.pretrained import from_pretrained
 from perceiver.tasks import TASKS
 
+TERMINAL = SimpleNamespace(isatty=lambda: True)
 OFFICIAL = [GOLDEN / f"image-{kind}" for kind in ("fourier", "learned", "conv")]
 
 
@@ -111,6 +117,43 @@ def test_texts(folder, predict):
     everything = predict(ckpt, "-", stdin=b"a short text").out.splitlines()
     found, shown = ranking(everything[1:])
     assert everything[0] == "-" and sorted(found) == names and sum(shown) == pytest.approx(1, abs=2e-4)
+
+
+def test_texts_and_folders_as_inputs_and_json(folder, predict, tmp_path):
+    ckpt, model = new_checkpoint(folder / "texts.pt", "text_classification", ["x", "y", "z"],
+                                 {"num_classes": 3, "input": TEXT_INPUT})
+    (tmp_path / "texts").mkdir()
+    for number in (10, 9, 8):
+        (tmp_path / f"texts/{number}.txt").write_text("a short text" if number == 9 else "another")
+    result = predict(ckpt, "a short text", tmp_path / "texts", "--json", "--limit", "3")
+    lines = [json.loads(line) for line in result.out.splitlines()]
+    assert [line["input"] for line in lines] == ["a short text", f"{tmp_path}/texts/8.txt", f"{tmp_path}/texts/9.txt"]
+    assert lines[0]["classes"] == lines[2]["classes"] != lines[1]["classes"]
+    probs = model(torch.tensor(ByteTokenizer().encode("a short text"))[None])[0].softmax(-1)
+    found = {item["name"]: item["probability"] for item in lines[0]["classes"]}
+    assert found == pytest.approx(dict(zip("xyz", probs.tolist())))
+    assert "--limit 3 leaves out 1 of 4 inputs" in result.err
+    assert fails(predict(ckpt, "nowhere.txt"), "nowhere.txt") and fails(predict(ckpt, "-", "--limit", "0"), "--limit 0")
+    (tmp_path / "empty").mkdir()
+    assert fails(predict(ckpt, tmp_path / "empty"), "empty holds no files")
+
+
+def test_json_of_pictures_and_masks(folder, predict, mlm):
+    line = json.loads(predict(GOLDEN / "image-conv", folder / "photo.png", "--json", "--attention", "--top-k", "2").out)
+    assert line["input"] == str(folder / "photo.png") and len(line["classes"]) == 2
+    assert line["files"] == ["predictions/photo-attention.png"] and os.path.exists(*line["files"])
+    line = json.loads(predict(mlm, "the quick [MASK] fox", "--mask-bytes", "5", "--json").out)
+    assert line["text"] == "the quick brown fox" and [mask["text"] for mask in line["masks"]] == ["brown"]
+    assert 0 < line["masks"][0]["probability"] <= 1
+
+
+def test_no_control_characters_reach_a_terminal(folder, predict, monkeypatch):
+    ckpt, _ = new_checkpoint(folder / "names.pt", "text_classification", ["x\x1b[2J", "y"],
+                             {"num_classes": 2, "input": TEXT_INPUT})
+    assert "x\x1b[2J" in predict(ckpt, "a text").out
+    monkeypatch.setattr(perceiver.io, "printable", lambda text, stream: printable(text, TERMINAL))
+    out = predict(ckpt, "a \x9btext\x07\udcff").out
+    assert "x\\x1b[2J" in out and "a \\x9btext\\x07\\xff" in out and "\x1b" not in out
 
 
 def prepared(file, size, channels, crop, mean, std):

@@ -132,7 +132,8 @@ def test_a_frozen_pretrained_encoder_beats_a_random_one(mlm, tmp_path):
     ("digits", ["model.input.image_shape=[8,8,2]"], "2 channels"),
     ("digits", ["data.path=/nowhere"], "/nowhere"),
     ("txt_clf", ["model.init_from=/nowhere.pt"], "/nowhere.pt does not exist"),
-    ("txt_clf", ["model.init_from={mlm}", "model.encoder.num_self_attention_heads=8"], "model.encoder.num_self_attention_heads was 4, is 8"),
+    ("txt_clf", ["model.init_from={mlm}", "model.encoder.num_self_attention_heads=8"],
+     "model.encoder.num_self_attention_heads was 4, is 8"),
     ("txt_clf", ["model.init_from={mlm}", "model.num_latents=32"], "encoder"),
 ])
 def test_mistakes_are_one_line_and_exit_code_2(digits, mlm, tmp_path, config, args, message):

@@ -1,14 +1,16 @@
 """Language models on text: masked words, baselines, and vocabularies."""
 import numpy as np
 import pytest
+import tokenizers
 import torch
 
 from perceiver.config import build, from_dict
-from perceiver.data import (IGNORE, ByteTokenizer, IdTokenizer, Tokens, TrainKeys, eval_loader, train_loader)
+from perceiver.data import (IGNORE, ByteTokenizer, IdTokenizer, JsonTokenizer, Tokens, TrainKeys, eval_loader,
+                            train_loader)
 from perceiver.distributed import Ranks
 from perceiver.errors import UserError
 from perceiver.tasks import TASKS
-from perceiver.tasks.base import unigram_bits
+from perceiver.tasks.base import StopSequences, TextSample, unigram_bits
 from perceiver.tasks.masked_lm import MaskedBlocks, MaskedLM, MaskedTextDataConfig, MaskedWindows
 from perceiver.tasks.text import CausalLM
 
@@ -69,7 +71,7 @@ def test_masks_are_a_function_of_seed_step_and_index():
         assert set(a) == {"input_ids", "labels"} and a["input_ids"].dtype == torch.long
         assert all(torch.equal(a[name], b[name]) for name in a)
     whole = MaskedWindows(Tokens(words_of(66).values, 6), 64, 0.15, 0)  # windows begin at every possible place
-    starts = {decode([t if l == IGNORE else l for t, l in zip(e["input_ids"], e["labels"])])
+    starts = {decode([t if n == IGNORE else n for t, n in zip(e["input_ids"], e["labels"])])
               for e in (whole[step, 0] for step in range(40))}
     assert len(starts) >= 3
 
@@ -193,3 +195,29 @@ def test_windows_of_random_lengths(tmp_path):
             assert np.array_equal(example["input_ids"], expected["input_ids"][-length:])
             assert np.array_equal(example["labels"], expected["labels"])
     assert lengths == {40, 24}  # the next one, 8, is below num_latents
+
+
+def end(tokenizer, prompt, tokens, *texts):
+    """The text of a sample of `tokens`, whether it is shown piece by piece or at once, and the number of its tokens."""
+    sample = TextSample(tokenizer, tokenizer.encode(prompt), StopSequences(tokenizer, list(texts)))
+    pieces = [sample.push(token) for token in tokens]
+    pieces.append(sample.finish())
+    assert "".join(pieces) == sample.text
+    return sample.text, sample.num_tokens
+
+
+def test_a_text_ends_at_end_of_text_and_at_stop_texts():
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer = JsonTokenizer(tokenizer.to_str(), "here")
+    assert tokenizer.end_of_text == 3 and ByteTokenizer.end_of_text == ByteTokenizer.EOS
+    assert end(tokenizer, "a", [1, 0, 3, 1]) == (" b a", 3)
+    assert end(tokenizer, "a", [1, 0, 0, 1], "a a") == (" b ", 3)
+    assert end(tokenizer, "a", [1, 0, 0, 1], "b b") == (" b a a b", 4)
+    text = ByteTokenizer()
+    assert end(text, "x", text.encode("né, né. no"), "é.", "o") == ("né, n", 9)
+    assert end(text, "x", [*text.encode("né"), text.EOS, *text.encode("no")]) == ("né", 4)
+    ids = IdTokenizer()
+    assert end(ids, "1", [17, 4, 170, 17, 42, 17, 4, 5], "17 42", "7") == (" 17 4 170", 5)
+    with pytest.raises(UserError, match="--stop"):
+        end(text, "x", [1], "")

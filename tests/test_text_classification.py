@@ -112,7 +112,8 @@ def test_mistakes_in_folders_are_named(tmp_path, texts, message):
 
 def test_a_broken_archive_or_download_says_what_to_do(tmp_path, monkeypatch):
     config = TextClassificationDataConfig(dataset="imdb", cache_dir=str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, file, hash_prefix: Path(file).write_bytes(b"not this"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file",
+                        lambda url, file, hash_prefix: Path(file).write_bytes(b"not this"))
     with pytest.raises(UserError, match="wrong checksum.*aclImdb_v1.tar.gz"):
         load(config, 8)
     assert not (tmp_path / "aclImdb_v1.tar.gz").exists()
@@ -140,12 +141,14 @@ def test_one_file_per_class_with_one_example_per_line(tmp_path, names):
     train, val = load(TextClassificationDataConfig(path=str(tmp_path)), 100)
     assert train.class_names == (["neg", "pos"] if names[0].endswith("txt") else list(names))
     assert len(train) == 54 and len(val) == 6
-    assert sorted(text for _, text in texts_by_class(train) + texts_by_class(val)) == sorted(text for text, _ in REVIEWS)
+    texts = texts_by_class(train) + texts_by_class(val)
+    assert sorted(text for _, text in texts) == sorted(text for text, _ in REVIEWS)
 
 
 def write_table(file: Path, rows: list[tuple[str, str]], columns: tuple[str, str]) -> None:
     if file.suffix == ".jsonl":
-        file.write_text("".join(json.dumps({"id": 1, columns[0]: text, columns[1]: label}) + "\n" for text, label in rows))
+        lines = [json.dumps({"id": 1, columns[0]: text, columns[1]: label}) for text, label in rows]
+        file.write_text("".join(f"{line}\n" for line in lines))
         return
     separator = "," if file.suffix == ".csv" else "\t"
     lines = [f'"{text}"{separator}{label}' for text, label in rows]

@@ -63,7 +63,7 @@ def test_a_run_leaves_what_it_should(tmp_path, corpus):
     assert f"{corpus}: " in result.stdout  # the note about the data
     assert (run / "config.yaml").exists() and list(run.glob("events.out.tfevents.*"))
     saved = checkpoint.load(run / "checkpoints" / "last.pt")
-    assert saved["step"] == 20 and saved["config"]["optim"]["lr"] == 0.01 
+    assert saved["step"] == 20 and saved["config"]["optim"]["lr"] == 0.01
     best = checkpoint.load(run / "checkpoints" / "best.pt")
     assert saved["best_loss"] == best["best_loss"] == min(line["loss"] for line in val)
 

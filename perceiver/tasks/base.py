@@ -7,12 +7,12 @@ and the number of ranks change no result.
 Letters in shapes are those of model.py; L is the number of positions with logits.
 """
 
+import json
 import math
 import sys
-import time
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from perceiver import decoding
 from perceiver.config import Config
-from perceiver.data import IGNORE, StreamDecoder, Tokens, derive_seed
-from perceiver.errors import UserError
-from perceiver.io import read_text, shorten, tell
+from perceiver.data import IGNORE, IdTokenizer, StreamDecoder, Tokenizer, Tokens, derive_seed
+from perceiver.errors import UserError, printable
+from perceiver.io import read_text, say, shorten, tell
 from perceiver.model import PerceiverARConfig, draw_prefix_keep
 
 Batch = dict[str, Tensor]
@@ -73,7 +73,7 @@ class Task(ABC):
 
     @abstractmethod
     def load_data(self) -> tuple[Dataset, Dataset]:
-        """The training set, indexed by (step, index in the global batch), and the validation set, indexed by 0, 1, ..."""
+        """The training set, indexed by (step, index in the global batch), and the validation set, by 0, 1, ..."""
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Sums:
@@ -120,6 +120,7 @@ class Autoregression(Task):
     rate = "tokens_per_s"
     unit = "token"  # the unit in names of metrics, such as bits_per_token
     vocab_size: int  # number of different tokens; `model.vocab_size: null` takes it
+    num_sampled = 0  # tokens that `sample` has yielded
 
     def __init__(self, config):
         super().__init__(config)
@@ -164,9 +165,15 @@ class Autoregression(Task):
         return {"loss": sums["loss"] / sums["count"], f"bits_per_{self.unit}": bits}
 
     def sample(
-        self, model: nn.Module, prompt: list[int], args: Namespace, max_new_tokens: int | None = None
+        self,
+        model: nn.Module,
+        prompt: list[int],
+        args: Namespace,
+        max_new_tokens: int | None = None,
+        stop: Sequence[list[int]] = (),
+        bar=True,
     ) -> Iterator[list[int]]:
-        """Yields the next token of every sample, `max_new_tokens` times. Reports progress on stderr."""
+        """Yields the next token of every sample as `decoding.generate` does. Shows its progress on stderr if `bar`."""
         max_new_tokens = max_new_tokens or args.max_new_tokens
         context = model.config.max_seq_len
         if len(prompt) > context:
@@ -184,34 +191,94 @@ class Autoregression(Task):
                 args.stride,
                 not args.no_kv_cache,
                 args.compile,
+                stop,
             )
         except ValueError as error:
             raise UserError(str(error)) from None
-        start = time.perf_counter()
-        for tokens in tqdm(steps, total=max_new_tokens, unit=" tokens", disable=sys.stdout.isatty()):
+        for tokens in tqdm(steps, total=max_new_tokens, unit=" tokens", disable=not bar):
+            self.num_sampled += sum(token != decoding.ENDED for token in tokens.tolist())
             yield tokens.tolist()
-        seconds = time.perf_counter() - start
-        count = args.num_samples * max_new_tokens
-        tell(f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s")
 
     def continue_text(self, model, args):
         """Prints the prompt and its continuation: a single sample token by token, several when all are complete.
 
-        Uses `self.tokenizer`.
+        A sample ends at the end-of-text token of `self.tokenizer`, or before a text of --stop.
         """
         text = read_prompt(args)
         prompt = self.tokenizer.encode(text)
-        steps = self.sample(model, prompt, args)
-        streams = [StreamDecoder(self.tokenizer, prompt) for _ in range(args.num_samples)]
-        if args.num_samples > 1:
-            samples = [text + stream.push(tokens) + stream.finish() for stream, tokens in zip(streams, zip(*steps))]
-            write("\n-----\n".join(samples) + "\n")
-            return
-        (stream,) = streams
-        for tokens in steps:
-            write(text + stream.push(tokens))
-            text = ""  # the prompt is written once, with the first token
-        write(stream.finish() + "\n")
+        stop = StopSequences(self.tokenizer, args.stop)
+        samples = [TextSample(self.tokenizer, prompt, stop) for _ in range(args.num_samples)]
+        streaming = args.num_samples == 1 and not args.json
+        bar = not (streaming and sys.stdout.isatty())
+        given = "" if args.no_prompt else text
+        for step, tokens in enumerate(self.sample(model, prompt, args, stop=stop.tokens, bar=bar)):
+            pieces = [sample.push(token) for sample, token in zip(samples, tokens)]
+            if streaming:  # the prompt is written once, with the first token
+                write(given + pieces[0] if step == 0 else pieces[0])
+            if all(sample.ended for sample in samples):
+                break
+        rest = [sample.finish() for sample in samples]
+        if args.json:
+            for number, sample in enumerate(samples):
+                say(json.dumps({"prompt": text, "seed": args.seed + number} | sample.result()))
+        elif streaming:
+            write(rest[0] + "\n")
+        else:
+            write("\n-----\n".join(given + sample.text for sample in samples) + "\n")
+
+
+class StopSequences:
+    """Where a text ends: at the end-of-text token of its tokenizer, and before each of `texts`.
+
+    tokens  the sequences that the sampled tokens tell: end of text, and for a corpus of token ids all of `texts`
+    texts   those that only the text tells, because its tokens may be cut in several ways
+    """
+
+    def __init__(self, tokenizer: Tokenizer, texts: list[str]):
+        if "" in texts:
+            raise UserError("--stop must not be empty")
+        by_token = isinstance(tokenizer, IdTokenizer)
+        self.tokens = [tokenizer.encode(text) for text in texts] if by_token else []
+        self.texts = [] if by_token else texts
+        if tokenizer.end_of_text is not None:
+            self.tokens.append([tokenizer.end_of_text])
+
+
+class TextSample:
+    """The text of one sample, which grows token by token and ends before a stop sequence."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stop: StopSequences):
+        self.decoder = StreamDecoder(tokenizer, prompt)
+        self.tokens = decoding.UntilStop(stop.tokens)
+        self.texts = decoding.UntilStop(stop.texts)
+        self.num_tokens = 0
+        self.text = ""
+
+    @property
+    def ended(self) -> bool:
+        return self.tokens.ended or self.texts.ended
+
+    def push(self, token: int) -> str:
+        """The text that is certain with this token, after that of the earlier tokens."""
+        if self.ended:
+            return ""
+        self.num_tokens += 1
+        tokens = self.tokens.push([token])
+        text = self.texts.push(self.decoder.push(tokens)) if tokens else ""
+        self.text += text
+        return text
+
+    def finish(self) -> str:
+        """The rest of the text."""
+        tokens = self.tokens.push([], final=True)
+        text = self.decoder.push(tokens) + self.decoder.finish()
+        text = self.texts.push(text, final=True)
+        self.text += text
+        return text
+
+    def result(self) -> dict:
+        """The values for --json."""
+        return {"text": self.text, "num_tokens": self.num_tokens, "ended_by": "stop" if self.ended else "length"}
 
 
 @dataclass
@@ -242,7 +309,8 @@ def read_prompt(args):
 
 
 def write(text: str):
-    """Writes text to stdout at once. Surrogates become the bytes that they stand for."""
+    """Writes text to stdout at once. Surrogates become the bytes that they stand for, except on a terminal."""
+    text = printable(text, sys.stdout)
     sys.stdout.buffer.write(text.encode("utf-8", "surrogateescape"))
     sys.stdout.buffer.flush()
 

@@ -1,6 +1,9 @@
 """The parts that classifiers of all modalities share."""
 
+from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,6 +13,7 @@ from torch import Tensor, nn
 from perceiver.adapters import ClassificationOutput, TrainableQueries
 from perceiver.config import Count
 from perceiver.data import Shuffled
+from perceiver.io import report
 from perceiver.model import Perceiver, PerceiverDecoder, PerceiverIO, PerceiverIOConfig
 from perceiver.tasks.base import Task
 
@@ -54,6 +58,7 @@ class Classification(Task):
     """One label for each input."""
 
     options = ("attention",)
+    confusion: Tensor | None = None  # if set, `loss` counts in it: (E, E), rows are classes, columns are answers
 
     def prepare(self, train_set, val_set):
         """Checks the classes of the data and shuffles the training set. `val_set` has class_names and labels."""
@@ -68,23 +73,31 @@ class Classification(Task):
         """Sums from logits (B, E) and labels: classes (B,), or their probabilities (B, E)."""
         loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
         classes = labels if labels.ndim == 1 else labels.argmax(-1)
+        answers = logits.argmax(-1)
+        if self.confusion is not None:
+            self.confusion.index_put_((classes, answers), torch.ones_like(answers), accumulate=True)
         return {
             "loss": loss,
             "count": loss.new_full((), len(logits)),  # torch.tensor would wait for the GPU
-            "correct": (logits.argmax(-1) == classes).sum(),
+            "correct": (answers == classes).sum(),
         }
 
     def summary(self, metrics):
         """The validation accuracy beside the accuracy of always choosing the most frequent class."""
         counts = np.bincount(self.val_set.labels)
         return (
-            f"validation: {metrics['accuracy']:.1%} right; always choosing the most frequent class would give "
-            f"{counts.max() / counts.sum():.1%}"
+            f"{self.config.data.eval_name}: {metrics['accuracy']:.1%} right; "
+            f"always choosing the most frequent class would give {counts.max() / counts.sum():.1%}"
         )
 
 
-def ranking(logits: Tensor, class_names: list[str] | None, top_k: int) -> list[str]:
-    """Lines with the most likely classes of logits (E,)."""
+def report_classes(
+    args: Namespace, source: str, logits: Tensor, class_names: list[str] | None, files: Iterable[Path] = ()
+):
+    """Prints the most likely classes of `source` from logits (E,). With --json also the `files` written for it."""
     names = class_names or [f"class {label}" for label in range(len(logits))]
-    top = logits.float().softmax(-1).topk(min(top_k, len(logits)))
-    return [f"  {probability:7.2%}  {names[label]}" for probability, label in zip(top.values, top.indices)]
+    top = logits.float().softmax(-1).topk(min(args.top_k, len(logits)))
+    ranking = [(names[label], probability.item()) for probability, label in zip(top.values, top.indices)]
+    classes = [{"name": name, "probability": probability} for name, probability in ranking]
+    lines = [f"  {probability:7.2%}  {name}" for name, probability in ranking]
+    report(args, {"input": source, "classes": classes, "files": list(map(str, files))}, source, *lines)

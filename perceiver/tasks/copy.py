@@ -110,6 +110,7 @@ class Copy(Autoregression):
 
     name = "copy"
     DataConfig = CopyDataConfig
+    options = ("stop", "no_prompt")
     vocab_size = FIRST_VALUE + NUM_VALUES
 
     def __init__(self, config):

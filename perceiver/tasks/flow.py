@@ -7,7 +7,7 @@ Shapes: B pairs of frames, H x W pixels; M inputs, C channels and O outputs are 
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import pairwise, product
+from itertools import islice, pairwise, product
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,7 @@ from perceiver.adapters import FourierPositions, InputAdapter, InputQueries, Lin
 from perceiver.config import Count, Positive
 from perceiver.data import LoaderConfig, Shuffled, hold_out_folders, read_image
 from perceiver.errors import UserError, reading
-from perceiver.io import output, progress, read_bytes, save_picture, tell
+from perceiver.io import output, progress, read_bytes, report, save_picture, tell
 from perceiver.model import PerceiverDecoder, PerceiverIO, PerceiverIOConfig, init_weights
 from perceiver.tasks.base import Task
 from perceiver.tasks.images import image_files
@@ -593,28 +593,36 @@ class OpticalFlow(Task):
         """Writes a picture of the flow from each frame to the next, and a .flo file if there are several inputs."""
         device = next(model.parameters()).device
         flow = None
-        for pair in pairwise(read_inputs(args.inputs)):
+        for pair in pairwise(read_inputs(args.inputs, args.limit)):
             names, images = zip(*pair)
             check_sizes(names, images)
             frames = torch.stack(images).to(device)
             flow = self.flow(model, frames[None])[0].cpu()
             name = names[0]
-            tell(f"{name}: the longest motion is {flow.norm(dim=-1).max():.1f} pixels")
-            save_picture(flow_to_image(flow.movedim(-1, 0)), Path(args.out) / f"{name}-flow.png")
+            longest = flow.norm(dim=-1).max().item()
+            tell(f"{name}: the longest motion is {longest:.1f} pixels")
+            files = [Path(args.out) / f"{name}-flow.png"]
+            save_picture(flow_to_image(flow.movedim(-1, 0)), *files)
             if len(args.inputs) > 1:
                 with output(args.out, f"{name}-flow.flo") as path:
                     write_flo(path, flow)
+                files.append(path)
+            report(args, {"input": name, "longest_motion": longest, "files": list(map(str, files))})
         if flow is None:
             raise UserError(f"optical flow needs two frames or more; {args.inputs[0]} has only one")
 
 
-def read_inputs(inputs):
-    """Yields a name and a frame (3, H, W) in [-1, 1] for each frame of a video, a folder of images, or image files."""
+def read_inputs(inputs, limit=None):
+    """Yields a name and a frame (3, H, W) in [-1, 1] for each frame of a video, a folder of images, or image files.
+
+    There are at most `limit` frames.
+    """
     source = Path(inputs[0])
     if source.suffix.lower() in SUFFIXES:
-        frames = tqdm(video_frames(source), total=num_video_frames(source), unit=" frames")
+        total = min(filter(None, (num_video_frames(source), limit)), default=None)
+        frames = tqdm(islice(video_frames(source), limit), total=total, unit=" frames")
         for number, frame in enumerate(frames, start=1):
             yield f"{source.stem}-{number:05}", frame / 127.5 - 1
     else:
-        for file, name in progress(image_files(inputs)):
+        for file, name in progress(image_files(inputs), limit):
             yield name, read_frame(file)

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
-from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from perceiver import decoding, pictures
 from perceiver.adapters import FourierPositions, InputAdapter, TrainablePositions
-from perceiver.config import Count, NonNegative, NonNegativeInt, Positive, Probability, ValFraction
+from perceiver.config import Count, NonNegative, NonNegativeInt, Positive, Probability
 from perceiver.data import (
+    LabelledConfig,
     LabelledImages,
-    LoaderConfig,
     Shuffled,
     TextBlocks,
     Tokens,
@@ -32,10 +32,10 @@ from perceiver.data import (
     to_channels,
 )
 from perceiver.errors import UserError
-from perceiver.io import natural_key, output_files, progress, save_picture, say, visible_files
+from perceiver.io import input_files, output_files, progress, report, save_picture
 from perceiver.model import init_weights
 from perceiver.tasks.base import Autoregression, unigram_bits
-from perceiver.tasks.classification import Classification, ClassifierConfig, ranking
+from perceiver.tasks.classification import Classification, ClassifierConfig, report_classes
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
@@ -142,7 +142,7 @@ NORMALIZATION = {
 
 
 @dataclass
-class ImageFilesConfig(LoaderConfig):
+class ImageFilesConfig(LabelledConfig):
     """A data set of images, and its augmentation in training."""
 
     dataset: Literal["mnist", "cifar10", "imagefolder"] = "imagefolder"
@@ -150,7 +150,6 @@ class ImageFilesConfig(LoaderConfig):
     # are read from cache_dir, and downloaded if absent.
     path: str | None = None
     cache_dir: str = "data"
-    val_fraction: ValFraction = 0.1  # fraction of each class held out, if an imagefolder has no val
     # The center crop, as a fraction of the largest one; null: 0.875 for imagefolder, 1 for others. Training crops the
     # center, too, unless random_resized_crop is true.
     eval_crop: Annotated[float, "(0, 1]"] | None = None
@@ -251,7 +250,7 @@ def load_images(config, image_shape):
         raise UserError("data.path=null must be a folder of images: CLASS/*, or train/CLASS/* and val/CLASS/*")
     else:
         folder = Path(config.path).expanduser()
-        *parts, note = labelled_files(folder, IMG_EXTENSIONS, config.val_fraction)
+        *parts, note = labelled_files(folder, IMG_EXTENSIONS, config)
         train, val = map(list_files, parts)
     channels = image_shape[2]
     train_images = Images(train, config.transform(image_shape, train=True), channels)
@@ -270,16 +269,7 @@ def list_files(classes):
 
 def image_files(inputs):
     """`inputs`, with each folder replaced by its images. Raises UserError if a folder has none."""
-    files = []
-    for source in inputs:
-        found = [source]
-        if Path(source).is_dir():
-            names = map(str, visible_files(Path(source)))
-            found = sorted(filter(is_image_file, names), key=natural_key)
-            if not found:
-                raise UserError(f"{source} holds no images")
-        files += found
-    return files
+    return input_files(inputs, IMG_EXTENSIONS, "images")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -374,12 +364,14 @@ class ImageClassification(Classification):
         data, image_shape = self.config.data, self.config.model.input.image_shape
         transform = data.transform(image_shape)
         device = next(model.parameters()).device
-        for file, name in progress(image_files(args.inputs)):
+        for file, name in progress(image_files(args.inputs), args.limit):
             image = transform(read_image(file, image_shape[2])).to(device)
-            say(file, *ranking(model(image[None])[0], self.class_names, args.top_k))
+            written = []
             if args.attention:
                 picture = pictures.over_image(model, image, data.normalize(image_shape), args.latents)
-                save_picture(picture, Path(args.out) / f"{name}-attention.png")
+                written.append(Path(args.out) / f"{name}-attention.png")
+                save_picture(picture, *written)
+            report_classes(args, file, model(image[None])[0], self.class_names, written)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -516,7 +508,7 @@ class ImageSequences(Autoregression):
         train, val = some_values(self.train_images), some_values(self.val_images)
         bits = metrics["bits_per_dim"]
         baseline = unigram_bits(Tokens(train), [{"labels": val}])
-        return f"validation: {bits:.3f} bits per dimension; the unigram baseline has {baseline:.3f}"
+        return f"{self.config.data.eval_name}: {bits:.3f} bits per dimension; the unigram baseline has {baseline:.3f}"
 
     def generate(self, model, args):
         """Writes a picture of the prompt's image, its upper half, and samples that complete this half."""
@@ -528,3 +520,4 @@ class ImageSequences(Autoregression):
         steps = self.sample(model, prompt, args, max_new_tokens=len(tokens) - self.num_given)
         lower = torch.tensor(list(steps)).T  # (number of samples, S / 2)
         save_picture(self.completions(tokens[None], lower[:, None]), out)
+        report(args, {"prompt": args.prompt_file or args.prompt, "files": [str(out)]})

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 
 from perceiver import pictures
@@ -19,7 +18,7 @@ from perceiver.adapters import InputAdapter, LinearOutput, TiedTokenOutput, Trai
 from perceiver.config import Count, NonNegative
 from perceiver.data import IGNORE, ByteTokenizer, CorpusConfig, Example, Tokens, example_rng, load_corpus, pad_right
 from perceiver.errors import UserError
-from perceiver.io import progress, read_text, save_picture, say, shorten
+from perceiver.io import progress, read_text, report, save_picture, shorten
 from perceiver.model import NgramSizes, PerceiverDecoder, PerceiverIO, PerceiverIOConfig, TokenEmbedding, init_weights
 from perceiver.tasks.base import Task, token_sums, unigram_bits
 
@@ -210,18 +209,20 @@ class MaskedLM(Task):
         """Prints each text with its masks filled in, then the bytes of each mask and their probability."""
         device = next(model.parameters()).device
         max_seq_len = self.config.model.input.max_seq_len
-        for source, name in progress(args.inputs):
+        for source, name in progress(args.inputs, args.limit):
             ids = encode_masks(read_masked_text(source), args.mask_bytes)
             if len(ids) > max_seq_len:
                 raise UserError(f"{shorten(source)} has {len(ids)} bytes; the model takes {max_seq_len} at most")
             input_ids = torch.tensor(ids, device=device)
             filled, log_probs = fill_in(input_ids, model(input_ids[None])[0])
-            lines = [TOKENIZER.decode(filled.tolist())]
+            text = TOKENIZER.decode(filled.tolist())
+            masks = []
             for span in np.ma.clump_masked(np.ma.masked_equal(ids, TOKENIZER.MASK)):  # runs of masks
-                text = TOKENIZER.decode(filled[span].tolist())
-                lines.append(f"  {text!r}, probability {log_probs[span].sum().exp():.3g}")
-            say(*lines)
-            save_attention(model, input_ids, name, args)
+                probability = log_probs[span].sum().exp().item()
+                masks.append({"text": TOKENIZER.decode(filled[span].tolist()), "probability": probability})
+            files = list(map(str, save_attention(model, input_ids, name, args)))
+            lines = [f"  {mask['text']!r}, probability {mask['probability']:.3g}" for mask in masks]
+            report(args, {"input": source, "text": text, "masks": masks, "files": files}, text, *lines)
 
 
 MASK = b"[MASK]"
@@ -267,7 +268,9 @@ def first_text_attention(model, texts):
 
 
 def save_attention(model, input_ids, name, args):
-    """Writes a picture of the model's attention over a text (L,) if the options of predict.py ask for it."""
-    if args.attention:
-        picture = pictures.over_text(model, input_ids, args.latents)
-        save_picture(picture, Path(args.out) / f"{name}-attention.png")
+    """Writes a picture of the model's attention over a text (L,) if predict.py is asked for it. Returns its files."""
+    if not args.attention:
+        return []
+    file = Path(args.out) / f"{name}-attention.png"
+    save_picture(pictures.over_text(model, input_ids, args.latents), file)
+    return [file]

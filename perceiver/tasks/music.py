@@ -10,7 +10,7 @@ The 388 events are those of Performance RNN, as in the Perceiver AR paper (secti
 import csv
 import math
 from collections import defaultdict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
 from operator import attrgetter, itemgetter
 from pathlib import Path
@@ -41,6 +41,7 @@ from perceiver.io import (
     import_optional,
     output,
     output_files,
+    report,
     save_picture,
     tell,
     visible_files,
@@ -62,6 +63,11 @@ class Note:
     end: float  # seconds from the start
     pitch: int  # 0 .. 127; 60 is middle C
     velocity: int  # loudness, 1 .. 127
+
+
+def first_seconds(notes: list[Note], seconds: float) -> list[Note]:
+    """The notes that begin before `seconds`. They end there if they would end later."""
+    return [replace(note, end=min(note.end, seconds)) for note in notes if note.onset < seconds]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -501,7 +507,7 @@ class SymbolicMusic(Autoregression):
 
     name = "symbolic_music"
     DataConfig = MusicDataConfig
-    options = ("out", "piano_roll")
+    options = ("out", "piano_roll", "prompt_seconds")
     unit = "event"
     vocab_size = 389
 
@@ -535,7 +541,12 @@ class SymbolicMusic(Autoregression):
 
     def generate(self, model, args):
         """Continues a MIDI file. Writes a MIDI file with the prompt and its continuation for each sample."""
-        given = read_midi(args.prompt_file or args.prompt)
+        source = args.prompt_file or args.prompt
+        given = read_midi(source)
+        if args.prompt_seconds is not None:
+            given = first_seconds(given, args.prompt_seconds)
+            if not given:
+                raise UserError(f"{source} has no note in its first {args.prompt_seconds} seconds")
         prompt = encode(given).tolist()
         files = output_files(args.out or "continuation.mid", args.num_samples, MIDI_ENDINGS)
         rolls = output_files(args.piano_roll, args.num_samples, (".png", ".jpg")) if args.piano_roll else []
@@ -547,3 +558,6 @@ class SymbolicMusic(Autoregression):
             tell(f"{file}: {len(given)} notes of the prompt and {len(notes) - len(given)} new notes")
             if roll:
                 save_picture(pictures.piano_roll(notes, len(given)), roll)
+            written = [str(path) for path in (file, roll) if path]
+            num_new = len(notes) - len(given)
+            report(args, {"prompt": source, "prompt_notes": len(given), "new_notes": num_new, "files": written})

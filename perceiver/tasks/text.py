@@ -35,7 +35,7 @@ class CausalLM(Autoregression):
 
     name = "causal_lm"
     DataConfig = TextDataConfig
-    options = ("tokenizer",)
+    options = ("tokenizer", "stop", "no_prompt")
     vocab_size = ByteTokenizer.vocab_size
     min_vocab_size = 0  # load_data checks the vocabulary
 

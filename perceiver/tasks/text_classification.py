@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,11 +13,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from perceiver.config import ValFraction
 from perceiver.data import (
     STDLIB,
     ByteTokenizer,
-    LoaderConfig,
+    LabelledConfig,
     find_source,
     pad_right,
     split_classes,
@@ -24,8 +24,8 @@ from perceiver.data import (
     visible_places,
 )
 from perceiver.errors import UserError, reading
-from perceiver.io import progress, read_bytes, read_text, say, tell
-from perceiver.tasks.classification import Classification, ClassifierConfig, ranking
+from perceiver.io import input_files, progress, read_bytes, read_text, shorten, tell
+from perceiver.tasks.classification import Classification, ClassifierConfig, report_classes
 from perceiver.tasks.masked_lm import TokenInputConfig, first_text_attention, save_attention
 
 ClassTexts = dict[str, list[bytes]]  # the texts of every class
@@ -37,7 +37,7 @@ class TextClassifierConfig(ClassifierConfig):
 
 
 @dataclass
-class TextClassificationDataConfig(LoaderConfig):
+class TextClassificationDataConfig(LabelledConfig):
     dataset: Literal["stdlib", "imdb"] = "stdlib"  # stdlib: which package of this Python holds the code?
     # Your data instead of a dataset: a folder with CLASS/*.txt; a folder with one text file per class and one example
     # per line; or a .csv, .tsv or .jsonl file with one example per row. A folder may also hold train and val (or test),
@@ -46,7 +46,6 @@ class TextClassificationDataConfig(LoaderConfig):
     text_column: str = "text"  # of a .csv, .tsv or .jsonl file
     label_column: str = "label"
     cache_dir: str = "data"  # folder of the datasets; a missing dataset is downloaded to it
-    val_fraction: ValFraction = 0.1  # fraction of each class held out for validation if the data has no split
 
 
 class LabelledText(Dataset):
@@ -77,9 +76,9 @@ def load_labelled_text(config: TextClassificationDataConfig, max_seq_len: int):
     """
     source = find_source(config)
     if source == STDLIB:
-        train, val, note = split_classes(source, stdlib_packages, config.val_fraction)
+        train, val, note = split_classes(source, stdlib_packages, config)
         return read_pieces(train, max_seq_len), read_pieces(val, max_seq_len), note
-    return split_classes(source, partial(read_classes, config), config.val_fraction)
+    return split_classes(source, partial(read_classes, config), config)
 
 
 def read_classes(config, source) -> ClassTexts:
@@ -178,15 +177,22 @@ class TextClassification(Classification):
         return {"attention": first_text_attention(model, self.val_set)}
 
     def predict(self, model, args):
-        """Prints the most likely classes of each text file. The model sees only the start of a long file."""
+        """Prints the most likely classes of each text. The model sees only the start of a long one."""
         device = next(model.parameters()).device
         max_seq_len = self.config.model.input.max_seq_len
-        for file, name in progress(args.inputs):
-            text = read_text(file)
+        for source, name in progress(input_files(args.inputs, ("",), "files"), args.limit):
+            text = read_text_or_file(source)
             if not text:
-                raise UserError(f"{file} is empty")
+                raise UserError(f"{source} is empty")
             if len(text) > max_seq_len:
-                tell(f"{file} has {len(text)} bytes; the model sees only the first {max_seq_len}")
+                tell(f"{shorten(source)} has {len(text)} bytes; the model sees only the first {max_seq_len}")
             input_ids = torch.tensor(ByteTokenizer().encode(text[:max_seq_len]), device=device)
-            say(file, *ranking(model(input_ids[None])[0], self.class_names, args.top_k))
-            save_attention(model, input_ids, name, args)
+            written = save_attention(model, input_ids, name, args)
+            report_classes(args, source, model(input_ids[None])[0], self.class_names, written)
+
+
+def read_text_or_file(source: str) -> bytes:
+    """The text in the file `source`. "-" is stdin. Several words that name no file are the text itself."""
+    if len(source.split()) > 1 and not os.path.exists(source):
+        return source.encode("utf-8", "surrogateescape")
+    return read_text(source)

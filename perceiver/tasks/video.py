@@ -31,13 +31,13 @@ from perceiver.adapters import (
     TrainableQueries,
     VectorInput,
 )
-from perceiver.config import Count, NonNegative, Probability, ValFraction
-from perceiver.data import LoaderConfig, Shuffled, labelled_files
+from perceiver.config import Count, NonNegative, Probability
+from perceiver.data import LabelledConfig, Shuffled, labelled_files
 from perceiver.errors import UserError, reading
-from perceiver.io import import_optional, output, progress, save_picture, say, tell
+from perceiver.io import import_optional, input_files, output, progress, save_picture, tell
 from perceiver.model import PerceiverDecoder, PerceiverIO, PerceiverIOConfig
 from perceiver.tasks.base import Task
-from perceiver.tasks.classification import ranking
+from perceiver.tasks.classification import report_classes
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
@@ -170,9 +170,8 @@ class MultimodalAutoencoderConfig(PerceiverIOConfig):
 
 
 @dataclass
-class VideoDataConfig(LoaderConfig):
+class VideoDataConfig(LabelledConfig):
     path: str | None = None  # folder of videos, CLASS/* or train/CLASS/* and val/CLASS/*; null: generated clips
-    val_fraction: ValFraction = 0.1  # fraction of each class held out, if there is no folder val
     val_size: Count = 64  # number of generated validation clips
     allow_silent: bool = False  # true: a video without sound gives silence; false: it is an error
     num_image_queries: Count = 512  # random pixels to reconstruct per training example
@@ -191,9 +190,11 @@ def load_clips(config: VideoDataConfig, clip: VideoInputConfig):
     Raises UserError if the folder of videos has another layout, or if the package av is missing.
     """
     if config.path is None:
+        if config.eval_split == "test":
+            raise UserError("data.eval_split=test: generated clips have no part test; leave it at val")
         return GeneratedClips(clip, 2**20, part=0), GeneratedClips(clip, config.val_size, part=1), ""
     import_av()
-    train, val, note = labelled_files(Path(config.path), SUFFIXES, config.val_fraction)
+    train, val, note = labelled_files(Path(config.path), SUFFIXES, config)
     return VideoFiles(train, clip, config.allow_silent, random=True), VideoFiles(val, clip, config.allow_silent), note
 
 
@@ -576,7 +577,7 @@ class MultimodalAutoencoding(Task):
             error += (image - mean_frame).square().mean()
             own_error += (image - image.mean(0)).square().mean()
         return (
-            f"validation: PSNR {metrics['psnr']:.2f} dB; the mean frame of training clips would give "
+            f"{self.config.data.eval_name}: PSNR {metrics['psnr']:.2f} dB; the mean frame of training clips would give "
             f"{decibels(len(val), error):.2f} dB, the mean frame of the clip itself "
             f"{decibels(len(val), own_error):.2f} dB"
         )
@@ -585,18 +586,19 @@ class MultimodalAutoencoding(Task):
         """Prints the most likely classes of each video. Writes its first clip and the reconstruction as a video and as
         a picture, and the reconstructed sound."""
         clip = self.config.model.input
-        for file, name in progress(args.inputs):
+        for file, name in progress(input_files(args.inputs, SUFFIXES, "videos"), args.limit):
             image, audio = read_video(file, clip)
             if not audio.any():
                 tell(f"{file} has no sound: the model gets silence")
             new_image, new_audio, logits = self.reconstruct(model, image, audio)
-            say(file, *ranking(logits, self.class_names, args.top_k))
-            save_picture(pictures.contact_sheet(image, new_image), Path(args.out) / f"{name}-reconstruction.png")
-            with output(args.out, f"{name}-reconstruction.wav") as path:
-                write_sound(path, new_audio, clip.sample_rate)
-            with output(args.out, f"{name}-reconstruction.mp4") as path:
+            picture = Path(args.out) / f"{name}-reconstruction.png"
+            save_picture(pictures.contact_sheet(image, new_image), picture)
+            with output(args.out, f"{name}-reconstruction.wav") as sound:
+                write_sound(sound, new_audio, clip.sample_rate)
+            with output(args.out, f"{name}-reconstruction.mp4") as video:
                 frames = pictures.enlarge(torch.cat((image, new_image), dim=-1), 448)
-                write_video(path, frames, clip.frame_rate, new_audio, clip.sample_rate)
+                write_video(video, frames, clip.frame_rate, new_audio, clip.sample_rate)
+            report_classes(args, file, logits, self.class_names, (picture, sound, video))
 
 
 def sum_of_means(x):
