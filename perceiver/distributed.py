@@ -2,15 +2,25 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from perceiver.config import TrainConfig
 from perceiver.errors import UserError
+from perceiver.model import SelfAttentionLayer
 
 
 @dataclass
@@ -20,6 +30,8 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    local_rank: int = 0  # among the processes of this host
+    patient: dist.ProcessGroup | None = None  # all ranks, on the CPU; waits for a slow rank as long as it takes
 
     @property
     def is_main(self) -> bool:
@@ -38,25 +50,164 @@ class Ranks:
         return bool(self.sum({"flag": torch.tensor(int(flag))})["flag"])
 
     def barrier(self):
-        """Waits until all ranks have called it."""
-        self.any(False)
+        """Waits until all ranks have called it, as long as it takes."""
+        if self.world_size > 1:
+            dist.barrier(self.patient)
 
-    def main_first(self, work: Callable):
-        """Calls `work` on every rank and returns its result. The other ranks start when the main rank is done."""
-        if not self.is_main:
-            self.barrier()
-        result = work()
-        if self.is_main:
+    def main_first(self, work: Callable) -> Any:
+        """Calls `work` on every rank and returns its result. The ranks of a host share the files that it leaves.
+
+        Rank 0 is the first, then one rank of each other host, then all others. So it does not matter whether the hosts
+        share a disk.
+        """
+        turn = 0 if self.is_main else 1 if self.local_rank == 0 else 2
+        for number in range(3):
+            if number == turn:
+                result = work()
             self.barrier()
         return result
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model for training steps. Its backward pass averages gradients over the ranks."""
+    def gather_objects(self, value: Any) -> list:
+        """The `value` of every rank."""
+        values = [value]
+        if self.world_size > 1:
+            values *= self.world_size
+            dist.all_gather_object(values, value, self.patient)
+        return values
+
+    def newest(self, file: Path | None) -> int | None:
+        """The rank on whose disk `file` was written last. None if no rank has the file."""
+        exists = file is not None and file.exists()
+        times = self.gather_objects(file.stat().st_mtime_ns if exists else 0)
+        return times.index(max(times)) if any(times) else None
+
+    def gather(self, state: Any) -> Any:
+        """A copy of `state`, which is nested dicts and lists, on the CPU of rank 0. Sharded tensors become whole.
+
+        All ranks must call it. On the other ranks, tensors become None.
+        """
+
+        def copy(name: str, tensor: Tensor) -> Tensor | None:
+            if isinstance(tensor, DTensor):
+                tensor = tensor.full_tensor()
+            return tensor.to("cpu", copy=True) if self.is_main else None
+
+        return map_tensors(copy, state)
+
+    def share(self, state: Any, owner: int, keep: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor) -> Any:
+        """The `state` of the rank `owner`, which is nested dicts and lists, on every rank. Tensors are on the CPU.
+
+        The other ranks give None. `keep(name, tensor)` returns what this rank holds of a tensor; one tensor at a time
+        is whole on all ranks.
+        """
         if self.world_size == 1:
-            return model
+            return map_tensors(keep, state)
+        is_owner = self.rank == owner
+        tensors = []
+        outline = map_tensors(lambda name, tensor: tensors.append(tensor) or tensor.to("meta"), state)
+        outlines = [outline]
+        dist.broadcast_object_list(outlines, owner, self.patient)
+
+        def receive(name: str, outline: Tensor) -> Tensor:
+            tensor = tensors.pop(0) if is_owner else torch.empty_like(outline, device="cpu")
+            tensor = tensor.contiguous()
+            dist.broadcast(tensor, owner, self.patient)
+            return keep(name, tensor)
+
+        return map_tensors(receive, outlines[0])
+
+    def share_weights(self, model: nn.Module):
+        """Copies the weights and buffers of a model on the CPU from rank 0 to the others."""
+        model.load_state_dict(self.share(model.state_dict() if self.is_main else None, 0))
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict, owner: int):
+        """Loads the weights and the optimizer's state that the rank `owner` has in `saved`; whole, as `gather` returns."""
+        meshes = [p.device_mesh for p in model.parameters() if isinstance(p, DTensor)]
+        buffers = dict(model.named_buffers())
+
+        def keep(name: str, tensor: Tensor) -> Tensor:
+            if not meshes or tensor.ndim == 0 or name in buffers:
+                return tensor
+            return distribute_tensor(tensor.to(self.device), meshes[0], [Shard(0)], src_data_rank=None)
+
+        model.load_state_dict(self.share(saved.get("model"), owner, keep))
+        optimizer.load_state_dict(self.share(saved.get("optimizer"), owner, keep))
+
+    def wrap(self, model: nn.Module, options: TrainConfig, bf16: bool) -> nn.Module:
+        """Moves a model to the device and returns the model for training steps, which has the same parameters.
+
+        Its backward pass averages gradients over the ranks. With train.parallel=fsdp, each rank holds a part of each
+        parameter. FSDP gathers a layer before it runs and then frees it. Call `wrap` before the optimizer is built.
+        """
+        if self.world_size > 1 and options.parallel == "fsdp":
+            self.share_weights(model)
+            return self.shard(model, options.compile, bf16)
+        model.to(self.device)
+        train_model = torch.compile(model) if options.compile else model
+        if self.world_size == 1:
+            return train_model
         # BatchNorm changes its buffers. The others are constant, such as tables of Fourier features.
-        has_batch_norm = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-        return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=has_batch_norm)
+        return DistributedDataParallel(
+            train_model, gradient_as_bucket_view=True, broadcast_buffers=bool(batch_norms(model))
+        )
+
+    def shard(self, model: nn.Module, compile: bool, bf16: bool) -> nn.Module:
+        """Applies FSDP2: to each self-attention layer, and to the rest of the model as a whole.
+
+        The rest is small. It stays gathered during a step, so code outside of its forward pass may use it. With bf16,
+        layers are gathered in bf16 and multiply in it, and gradients are averaged in float32. Parameters and the sums
+        of residuals stay float32, as with autocast.
+        """
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if bf16:
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        for layer in model.modules():
+            if isinstance(layer, SelfAttentionLayer):
+                if compile:
+                    layer.compile()
+                fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh)
+        model.to(self.device)  # the buffers
+        if norms := batch_norms(model):
+            model.register_forward_pre_hook(lambda *_: share_buffers(norms))
+        return model
+
+
+def map_tensors(change: Callable[[str, Tensor], Any], state: Any, name="") -> Any:
+    """Nested dicts and lists with `change(name, tensor)` instead of each tensor. `name` is its key in the last dict."""
+    if isinstance(state, Tensor):
+        return change(name, state)
+    if isinstance(state, dict):
+        return {key: map_tensors(change, value, key) for key, value in state.items()}
+    if isinstance(state, list):
+        return [map_tensors(change, value, name) for value in state]
+    return state
+
+
+def batch_norms(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+
+def share_buffers(modules: list[nn.Module]):
+    """In training, copies buffers from rank 0 to the others, as DDP does before each forward pass."""
+    for module in modules:
+        if module.training:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, 0)
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Inside the block, each rank holds the whole model, and may call it as often as it likes. All ranks must enter."""
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield
+    for module in sharded:
+        module.reshard()
+        module.set_reshard_after_forward(module is not model, recurse=False)
 
 
 def find_device(name: str) -> torch.device:
@@ -96,14 +247,23 @@ def uses_bf16(precision: str, device: torch.device) -> bool:
     return has_amx or (has_avx and not capabilities.get("avx512_fp16", False))
 
 
+@cache
+def shared_store() -> dist.Store:
+    """The store of keys and values that torchrun gives to all processes of this start."""
+    return next(dist.rendezvous("env://"))[0]
+
+
 def init_ranks(device_name: str) -> Ranks:
     """Joins the processes that torchrun started. Raises UserError like `find_device`."""
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = find_device(device_name)
-    if world_size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return Ranks(rank, world_size, device)
+    if world_size == 1:
+        return Ranks(rank, world_size, device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=shared_store(), rank=rank, world_size=world_size)
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    return Ranks(rank, world_size, device, int(os.environ.get("LOCAL_RANK", 0)), patient)
 
 
 def close():
@@ -111,8 +271,23 @@ def close():
         dist.destroy_process_group()
 
 
+def fails_first() -> bool:
+    """Whether this process is the first of all ranks that calls it. Only that rank prints its error."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    return shared_store().add("errors", 1) == 1
+
+
+def another_failed() -> bool:
+    """Whether a rank has called `fails_first`. Then its end is the reason if an exchange with it fails."""
+    return dist.is_initialized() and shared_store().check(["errors"])
+
+
 def sync_gradients(model: nn.Module, enabled: bool):
-    """Turns the exchange of gradients between ranks on or off for the next forward and backward pass."""
+    """Turns the exchange of gradients between ranks on or off for the next forward and backward pass.
+
+    FSDP always exchanges them. Otherwise each rank would hold the whole gradient until the last micro-batch.
+    """
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = enabled
 
