@@ -45,8 +45,7 @@ def train(config: Config, ranks: Ranks) -> int:
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(options.seed)
     task = TASKS[config.task](config)
-    model = task.build_model().to(device)
-    optimizer = build_optimizer(model, config.optim)
+    model = task.build_model()
     if options.dry_run:
         say(to_yaml(config))
     say(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
@@ -54,7 +53,8 @@ def train(config: Config, ranks: Ranks) -> int:
         return 0
 
     # The data, the initial weights, the run folder. The folder comes last: a run that cannot start leaves none behind.
-    train_set, val_set = ranks.main_first(task.load_data)  # the main rank downloads, the others wait
+    train_set, val_set = ranks.main_first(task.load_data)  # one rank of a host downloads, the others wait
+    ranks.check_equal("data", (len(val_set), task.state_dict()))
     if task.data_note:
         say(task.data_note)
     if len(val_set) < ranks.world_size:
@@ -64,14 +64,18 @@ def train(config: Config, ranks: Ranks) -> int:
         )
     step, best_loss = 0, math.inf
     source = checkpoint.resume_source(options)
-    if source is not None:
-        step, best_loss, note = checkpoint.resume(source, config, model, optimizer, device, TASKS)
-        say(note)
-    elif options.eval_only:
+    owner = ranks.newest(source)  # the rank that reads the checkpoint and sends it to the others
+    if owner is None and options.eval_only:
         raise UserError(f"train.eval_only=true: {options.out_dir} has no checkpoint; set train.resume to one")
-    elif getattr(config.model, "init_from", None):
+    if owner is None and ranks.is_main and getattr(config.model, "init_from", None):
         init_weights_from(model, config.model.init_from, config)
-    ranks.barrier()  # the main rank may move the checkpoint only after all ranks have read it
+    bf16 = uses_bf16(options.precision, device)
+    # Training calls `train_model`. Evaluation and checkpoints use `model`, which has the same parameters.
+    train_model = ranks.wrap(model, options, bf16)
+    optimizer = build_optimizer(model, config.optim)
+    if owner is not None:
+        step, best_loss, note = checkpoint.resume(source, config, model, optimizer, ranks, TASKS, owner)
+        say(note)
     folder = Path(options.out_dir)
     last, best = folder / checkpoint.LAST, folder / checkpoint.BEST
     if ranks.is_main and not options.eval_only:
@@ -81,12 +85,9 @@ def train(config: Config, ranks: Ranks) -> int:
     keys = TrainKeys(batch_size, micro_batches, ranks, step, options.max_steps)
     batches = iter(train_loader(train_set, keys, config.data.num_workers))
     val_batches = eval_loader(val_set, keys.size, ranks, config.data.num_workers)
-    bf16 = uses_bf16(options.precision, device)
     if bf16:
         say("matrix products in bf16; train.precision=float32 avoids that")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    # Training calls `train_model`. Evaluation and checkpoints use `model`, which has the same parameters.
-    train_model = ranks.wrap(torch.compile(model) if options.compile else model)
     speed = SpeedMeter(task, device, bf16)
     stop = StopSignal()
 
@@ -165,21 +166,18 @@ def train(config: Config, ranks: Ranks) -> int:
                 log.metrics(step, "val", val)
                 if not final:
                     say(f"step {step}: {format_metrics(val)}")
+            if save_now:
+                state = ranks.gather({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
             if save_now and ranks.is_main:
-                state = {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "step": step,
-                    "best_loss": best_loss,
-                    "config": to_dict(config),
-                    "task": task.state_dict(),
-                }
+                state |= {"step": step, "best_loss": best_loss, "config": to_dict(config), "task": task.state_dict()}
                 checkpoint.save(state, best if improved else last)
                 if improved:
                     checkpoint.link(best, last)
-            if val and ranks.is_main:
+            if val:
                 with evaluation_mode(model):
-                    log.visuals(step, task.visualize(model))
+                    if ranks.is_main:
+                        log.visuals(step, task.visualize(model))
+                ranks.barrier()  # wait for the main rank, however long it takes
     bar.close()
 
     if val is None and not stopping:  # no step to train: the run was already complete
@@ -200,9 +198,9 @@ def train(config: Config, ranks: Ranks) -> int:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Turns off dropout and gradients inside the block, then returns to training mode."""
+    """Turns off dropout and gradients inside the block, then returns to training mode. All ranks must enter."""
     model.eval()
-    with torch.inference_mode():
+    with distributed.whole(model), torch.inference_mode():
         yield
     model.train()
 
@@ -233,9 +231,13 @@ def main() -> int:
                 "Checkpoints of earlier steps, if there are any, are unchanged"
             )
         return 1
+    except RuntimeError:
+        if distributed.another_failed():
+            return 2
+        raise
     finally:
         distributed.close()
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, distributed.fails_first)

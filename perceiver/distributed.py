@@ -76,10 +76,18 @@ class Ranks:
         return values
 
     def newest(self, file: Path | None) -> int | None:
-        """The rank on whose disk `file` was written last. None if no rank has the file."""
-        exists = file is not None and file.exists()
-        times = self.gather_objects(file.stat().st_mtime_ns if exists else 0)
-        return times.index(max(times)) if any(times) else None
+        """The rank on whose disk its `file` was written last. None if all ranks give None; 0 if no file exists."""
+        time = -1
+        if file is not None:
+            time = file.stat().st_mtime_ns if file.exists() else 0
+        times = self.gather_objects(time)
+        return times.index(max(times)) if max(times) >= 0 else None
+
+    def check_equal(self, what: str, value: Any):
+        """Raises UserError on all ranks if they have different values of `what`."""
+        for rank, other in enumerate(self.gather_objects(value)):
+            if other != value:
+                raise UserError(f"process {rank} has other {what} than process {self.rank}: hosts must have the same")
 
     def gather(self, state: Any) -> Any:
         """A copy of `state`, which is nested dicts and lists, on the CPU of rank 0. Sharded tensors become whole.

@@ -35,12 +35,16 @@ def reason(error: Exception) -> str:
     return message or type(error).__name__
 
 
-def run_script(main: Callable[[], int | None]):
-    """Runs the `main` of a script and exits with the code that it returns, or with the code of its exception."""
+def run_script(main: Callable[[], int | None], fails_first: Callable[[], bool] = lambda: True):
+    """Runs the `main` of a script and exits with the code that it returns, or with the code of its exception.
+
+    Prints the error only if `fails_first()`: of several processes, one speaks.
+    """
     try:
         code = main() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if fails_first():
+            print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -49,6 +53,7 @@ def run_script(main: Callable[[], int | None]):
         code = 0
     except OSError as error:  # for example a full disk
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{reason(error)}", file=sys.stderr)
+        if fails_first():
+            print(f"error: {where}{reason(error)}", file=sys.stderr)
         code = 2
     sys.exit(code)
