@@ -99,9 +99,9 @@ def train(config: Config, ranks: Ranks) -> int:
     def evaluate() -> dict[str, float] | None:
         """The metrics of the whole validation set. None if a stop signal arrives."""
         totals = {}
-        with evaluation_mode(model):
+        with evaluation_mode(model) as whole_model:
             for batch in val_batches:
-                add(totals, loss(model, batch))
+                add(totals, loss(whole_model, batch))
                 if stop.received:
                     break
         if ranks.any(stop.received):
@@ -174,9 +174,9 @@ def train(config: Config, ranks: Ranks) -> int:
                 if improved:
                     checkpoint.link(best, last)
             if val:
-                with evaluation_mode(model):
+                with evaluation_mode(model) as whole_model:
                     if ranks.is_main:
-                        log.visuals(step, task.visualize(model))
+                        log.visuals(step, task.visualize(whole_model))
                 ranks.barrier()  # wait for the main rank, however long it takes
     bar.close()
 
@@ -197,11 +197,12 @@ def train(config: Config, ranks: Ranks) -> int:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Turns off dropout and gradients inside the block, then returns to training mode. All ranks must enter."""
-    model.eval()
-    with distributed.whole(model), torch.inference_mode():
-        yield
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Yields the whole model, without dropout and gradients. Then returns to training mode. All ranks must enter."""
+    with distributed.whole(model) as whole_model:
+        whole_model.eval()
+        with torch.inference_mode():
+            yield whole_model
     model.train()
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
@@ -162,13 +163,16 @@ class Ranks:
     def shard(self, model: nn.Module, compile: bool, bf16: bool) -> nn.Module:
         """Applies FSDP2: to each self-attention layer, and to the rest of the model as a whole.
 
-        The rest is small. It stays gathered during a step, so code outside of its forward pass may use it. With bf16,
-        layers are gathered in bf16 and multiply in it, and gradients are averaged in float32. Parameters and the sums
-        of residuals stay float32, as with autocast.
+        The rest is small, and stays gathered during a step. With bf16, GPUs gather layers in bf16 and average gradients
+        in float32. The inputs of layers stay float32: autocast casts them, as without FSDP. On a CPU, autocast casts
+        the weights too, because LayerNorm there does not take weights in bf16 with inputs in float32.
         """
+        twin = deepcopy(model)  # for `whole`
+        free_parameters(twin)
+        model.twin = (twin.to(self.device),)  # in a tuple it is not a part of the model
         mesh = init_device_mesh(self.device.type, (self.world_size,))
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        if bf16:
+        if bf16 and self.device.type == "cuda":
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         for layer in model.modules():
             if isinstance(layer, SelfAttentionLayer):
@@ -206,16 +210,23 @@ def share_buffers(modules: list[nn.Module]):
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
-    """Inside the block, each rank holds the whole model, and may call it as often as it likes. All ranks must enter."""
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in sharded:
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    yield
-    for module in sharded:
-        module.reshard()
-        module.set_reshard_after_forward(module is not model, recurse=False)
+def whole(model: nn.Module) -> Iterator[nn.Module]:
+    """Yields a model that each rank may call on its own: `model`, or with FSDP a whole copy. All ranks must enter."""
+    if not isinstance(model, FSDPModule):
+        yield model
+        return
+    (twin,) = model.twin
+    for parameter, part in zip(twin.parameters(), model.parameters()):
+        parameter.data = part.detach().full_tensor()
+    for buffer, current in zip(twin.buffers(), model.buffers()):
+        buffer.copy_(current)
+    yield twin
+    free_parameters(twin)
+
+
+def free_parameters(model: nn.Module):
+    for parameter in model.parameters():
+        parameter.data = parameter.new_empty(0)
 
 
 def find_device(name: str) -> torch.device:
