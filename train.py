@@ -241,4 +241,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script(main, distributed.fails_first)
+    run_script(main, distributed.report_once)

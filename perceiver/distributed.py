@@ -2,8 +2,9 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from perceiver.config import TrainConfig
-from perceiver.errors import UserError
+from perceiver.errors import UserError, print_error
 from perceiver.model import SelfAttentionLayer
 
 
@@ -290,16 +291,23 @@ def close():
         dist.destroy_process_group()
 
 
-def fails_first() -> bool:
-    """Whether this process is the first of all ranks that calls it. Only that rank prints its error."""
+def report_once(line: str):
+    """Prints an error to stderr, unless another rank has done so."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return True
-    return shared_store().add("errors", 1) == 1
+        print_error(line)
+    elif shared_store().add("errors", 1) == 1:
+        print_error(line)
+        time.sleep(2)  # the store may end with this process: let the others read it first
 
 
 def another_failed() -> bool:
-    """Whether a rank has called `fails_first`. Then its end is the reason if an exchange with it fails."""
-    return dist.is_initialized() and shared_store().check(["errors"])
+    """Whether a rank has reported an error. Then its end is the reason why an exchange with it fails."""
+    if not dist.is_initialized():
+        return False
+    with suppress(RuntimeError):
+        shared_store().wait(["errors"], timedelta(seconds=1))
+        return True
+    return False
 
 
 def sync_gradients(model: nn.Module, enabled: bool):

@@ -35,16 +35,19 @@ def reason(error: Exception) -> str:
     return message or type(error).__name__
 
 
-def run_script(main: Callable[[], int | None], fails_first: Callable[[], bool] = lambda: True):
+def print_error(line: str):
+    print(line, file=sys.stderr, flush=True)
+
+
+def run_script(main: Callable[[], int | None], report: Callable[[str], None] = print_error):
     """Runs the `main` of a script and exits with the code that it returns, or with the code of its exception.
 
-    Prints the error only if `fails_first()`: of several processes, one speaks.
+    `report` prints the line of an error.
     """
     try:
         code = main() or 0
     except UserError as error:
-        if fails_first():
-            print(f"error: {error}", file=sys.stderr)
+        report(f"error: {error}")
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -53,7 +56,6 @@ def run_script(main: Callable[[], int | None], fails_first: Callable[[], bool] =
         code = 0
     except OSError as error:  # for example a full disk
         where = f"{error.filename}: " if error.filename else ""
-        if fails_first():
-            print(f"error: {where}{reason(error)}", file=sys.stderr)
+        report(f"error: {where}{reason(error)}")
         code = 2
     sys.exit(code)
