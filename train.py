@@ -53,15 +53,9 @@ def train(config: Config, ranks: Ranks) -> int:
         return 0
 
     # The data, the initial weights, the run folder. The folder comes last: a run that cannot start leaves none behind.
-    train_set, val_set = ranks.main_first(task.load_data)  # one rank of a host downloads, the others wait
-    ranks.check_equal("data", (len(val_set), task.state_dict()))
+    train_set, val_set = distributed.load_data(task, ranks)
     if task.data_note:
         say(task.data_note)
-    if len(val_set) < ranks.world_size:
-        raise UserError(
-            f"the validation set has {len(val_set)} examples, fewer than the {ranks.world_size} processes; "
-            "give more data, or raise data.val_fraction"
-        )
     step, best_loss = 0, math.inf
     source = checkpoint.resume_source(options)
     owner = ranks.newest(source)  # the rank that reads the checkpoint and sends it to the others
@@ -77,7 +71,7 @@ def train(config: Config, ranks: Ranks) -> int:
         step, best_loss, note = checkpoint.resume(source, config, model, optimizer, ranks, TASKS, owner)
         say(note)
     folder = Path(options.out_dir)
-    last, best = folder / checkpoint.LAST, folder / checkpoint.BEST
+    saver = checkpoint.Saver(folder, ranks.is_main)
     if ranks.is_main and not options.eval_only:
         checkpoint.move_aside(folder, source)
         log = RunLog(folder, step, to_yaml(config))
@@ -167,30 +161,34 @@ def train(config: Config, ranks: Ranks) -> int:
                 if not final:
                     say(f"step {step}: {format_metrics(val)}")
             if save_now:
-                state = ranks.gather({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-            if save_now and ranks.is_main:
-                state |= {"step": step, "best_loss": best_loss, "config": to_dict(config), "task": task.state_dict()}
-                checkpoint.save(state, best if improved else last)
-                if improved:
-                    checkpoint.link(best, last)
+                state = {
+                    "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step,
+                    "best_loss": best_loss,
+                    "config": to_dict(config),
+                    "task": task.state_dict(),
+                }
+                saver.save(ranks.gather(state), improved)
             if val:
                 with evaluation_mode(model) as whole_model:
                     if ranks.is_main:
                         log.visuals(step, task.visualize(whole_model))
                 ranks.barrier()  # wait for the main rank, however long it takes
     bar.close()
+    saver.wait()
 
     if val is None and not stopping:  # no step to train: the run was already complete
         val = evaluate()
     if val is None:
-        say(f"stopped by {stop.name} after step {step}; the same command continues from {last}")
+        say(f"stopped by {stop.name} after step {step}; the same command continues from {saver.last}")
         return 128 + (stop.received or signal.SIGTERM)
     if ranks.is_main:
         say(task.summary(val) or f"validation: {format_metrics(val)}")
     if ranks.is_main and not options.eval_only:
         say(
             f"step {step}, the run is complete",
-            f"checkpoints in {last.parent}; best.pt has the lowest validation loss, {best_loss:.4f}",
+            f"checkpoints in {saver.last.parent}; best.pt has the lowest validation loss, {best_loss:.4f}",
         )
         log.close()
     return 0
@@ -222,22 +220,16 @@ def main() -> int:
     if not arguments:
         raise UserError(f"the config is missing. {usage}")
     config = load_config(arguments[0], arguments[1:], TASKS)
-    ranks = distributed.init_ranks(config.train.device)
-    try:
-        return train(config, ranks)
-    except FloatingPointError as error:
-        if ranks.is_main:
-            io.tell(
-                f"error: {error}. Try a lower optim.lr or optim.max_grad_norm, or train.precision=float32. "
-                "Checkpoints of earlier steps, if there are any, are unchanged"
-            )
-        return 1
-    except RuntimeError:
-        if distributed.another_failed():
-            return 2
-        raise
-    finally:
-        distributed.close()
+    with distributed.joined(config.train.device) as ranks:
+        try:
+            return train(config, ranks)
+        except FloatingPointError as error:
+            if ranks.is_main:
+                io.tell(
+                    f"error: {error}. Try a lower optim.lr or optim.max_grad_norm, or train.precision=float32. "
+                    "Checkpoints of earlier steps, if there are any, are unchanged"
+                )
+            return 1
 
 
 if __name__ == "__main__":

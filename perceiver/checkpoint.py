@@ -4,6 +4,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
@@ -49,6 +50,33 @@ def link(source: Path, path: Path):
             os.link(source, temporary)
         except OSError:
             shutil.copyfile(source, temporary)
+
+
+class Saver:
+    """Saves the checkpoints of a run in a thread, while training goes on. Only the main rank writes."""
+
+    def __init__(self, folder: Path, is_main: bool):
+        self.best = folder / BEST
+        self.last = folder / LAST
+        self.is_main = is_main
+        self.pool = ThreadPoolExecutor(max_workers=1)
+        self.job = None
+
+    def save(self, checkpoint: dict, improved: bool):
+        """Starts to write last.pt, and best.pt if the model has improved. Raises UserError if the save before failed."""
+        self.wait()
+        if self.is_main:
+            self.job = self.pool.submit(self.write, checkpoint, improved)
+
+    def write(self, checkpoint: dict, improved: bool):
+        save(checkpoint, self.best if improved else self.last)
+        if improved:
+            link(self.best, self.last)
+
+    def wait(self):
+        """Waits until the newest checkpoint is on the disk. Raises UserError if that failed."""
+        if self.job is not None:
+            self.job.result()
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> dict:

@@ -9,6 +9,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 
 from perceiver.config import TrainConfig
 from perceiver.errors import UserError, print_error
@@ -84,12 +86,6 @@ class Ranks:
             time = file.stat().st_mtime_ns if file.exists() else 0
         times = self.gather_objects(time)
         return times.index(max(times)) if max(times) >= 0 else None
-
-    def check_equal(self, what: str, value: Any):
-        """Raises UserError on all ranks if they have different values of `what`."""
-        for rank, other in enumerate(self.gather_objects(value)):
-            if other != value:
-                raise UserError(f"process {rank} has other {what} than process {self.rank}: hosts must have the same")
 
     def gather(self, state: Any) -> Any:
         """A copy of `state`, which is nested dicts and lists, on the CPU of rank 0. Sharded tensors become whole.
@@ -157,9 +153,10 @@ class Ranks:
         if self.world_size == 1:
             return train_model
         # BatchNorm changes its buffers. The others are constant, such as tables of Fourier features.
-        return DistributedDataParallel(
-            train_model, gradient_as_bucket_view=True, broadcast_buffers=bool(batch_norms(model))
-        )
+        is_new = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+        name = "forward_sync_buffers" if is_new else "broadcast_buffers"
+        buffers = {name: bool(batch_norms(model))}
+        return DistributedDataParallel(train_model, gradient_as_bucket_view=True, **buffers)
 
     def shard(self, model: nn.Module, compile: bool, bf16: bool) -> nn.Module:
         """Applies FSDP2: to each self-attention layer, and to the rest of the model as a whole.
@@ -185,6 +182,22 @@ class Ranks:
         if norms := batch_norms(model):
             model.register_forward_pre_hook(lambda *_: share_buffers(norms))
         return model
+
+
+def load_data(task, ranks: Ranks) -> tuple[Dataset, Dataset]:
+    """The training and the validation set of a task. Raises UserError on all ranks if their data differs."""
+    train_set, val_set = ranks.main_first(task.load_data)
+    about = {"examples for validation": len(val_set), "data": task.state_dict()}
+    for rank, other in enumerate(ranks.gather_objects(about)):
+        for what in about:
+            if other[what] != about[what]:
+                raise UserError(f"process {rank} has other {what} than process {ranks.rank}: copy the data to all hosts")
+    if len(val_set) < ranks.world_size:
+        raise UserError(
+            f"the validation set has {len(val_set)} examples, fewer than the {ranks.world_size} processes; "
+            "give more data, or raise data.val_fraction"
+        )
+    return train_set, val_set
 
 
 def map_tensors(change: Callable[[str, Tensor], Any], state: Any, name="") -> Any:
@@ -286,9 +299,19 @@ def init_ranks(device_name: str) -> Ranks:
     return Ranks(rank, world_size, device, int(os.environ.get("LOCAL_RANK", 0)), patient)
 
 
-def close():
-    if dist.is_initialized():
-        dist.destroy_process_group()
+@contextmanager
+def joined(device_name: str) -> Iterator[Ranks]:
+    """`init_ranks` for the block. If the block fails because another rank reported an error and left, exits quietly."""
+    ranks = init_ranks(device_name)
+    try:
+        yield ranks
+    except RuntimeError:
+        if another_failed():
+            raise SystemExit(2) from None
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def report_once(line: str):

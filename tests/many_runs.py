@@ -11,9 +11,9 @@ from perceiver import distributed  # noqa: E402
 from perceiver.config import load_config  # noqa: E402
 from perceiver.tasks import TASKS  # noqa: E402
 
-ranks = distributed.init_ranks("auto")
-for is_gap, args in groupby(sys.argv[1:], lambda arg: arg == "--"):
-    if not is_gap:
-        name, *overrides = args
-        assert train.train(load_config(ROOT / "configs" / name, overrides, TASKS), ranks) == 0
-distributed.close()
+with distributed.joined("auto") as ranks:
+    for is_gap, args in groupby(sys.argv[1:], lambda arg: arg == "--"):
+        if not is_gap:
+            name, *overrides = args
+            config = load_config(ROOT / "configs" / name, overrides, TASKS)
+            assert train.train(config, ranks) == 0
