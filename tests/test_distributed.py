@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 LOG = ["train.log_every=1", "train.precision=float32", "train.resume=never"]
 FSDP = "train.parallel=fsdp"
 CLM = ["model.num_self_attention_layers=2", "model.cross_attention_dropout=0.5", "model.activation_checkpointing=true",
-       "optim.decay_steps=20", "train.eval_every=10", "train.max_steps=20"]
+       "optim.decay_steps=20", "train.eval_every=20", "train.max_steps=20"]
 OPTIMIZERS = ("adamw", "adam", "sgd", "lamb")
 # Cross-attentions that share weights, blocks that share weights, and BatchNorm
 IMAGES = {
