@@ -63,7 +63,7 @@ class Saver:
         self.job = None
 
     def save(self, checkpoint: dict, improved: bool):
-        """Starts to write last.pt, and best.pt if the model has improved. Raises UserError if the save before failed."""
+        """Starts to write last.pt, and best.pt if the model has improved. Raises UserError if the last save failed."""
         self.wait()
         if self.is_main:
             self.job = self.pool.submit(self.write, checkpoint, improved)

@@ -127,7 +127,7 @@ class Ranks:
         model.load_state_dict(self.share(model.state_dict() if self.is_main else None, 0))
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict, owner: int):
-        """Loads the weights and the optimizer's state that the rank `owner` has in `saved`; whole, as `gather` returns."""
+        """Loads the weights and the optimizer's state that the rank `owner` has in `saved`, whole."""
         meshes = [p.device_mesh for p in model.parameters() if isinstance(p, DTensor)]
         buffers = dict(model.named_buffers())
 
@@ -191,7 +191,7 @@ def load_data(task, ranks: Ranks) -> tuple[Dataset, Dataset]:
     for rank, other in enumerate(ranks.gather_objects(about)):
         for what in about:
             if other[what] != about[what]:
-                raise UserError(f"process {rank} has other {what} than process {ranks.rank}: copy the data to all hosts")
+                raise UserError(f"processes {ranks.rank} and {rank} have different {what}; give all hosts the same data")
     if len(val_set) < ranks.world_size:
         raise UserError(
             f"the validation set has {len(val_set)} examples, fewer than the {ranks.world_size} processes; "
