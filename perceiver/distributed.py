@@ -191,7 +191,7 @@ def load_data(task, ranks: Ranks) -> tuple[Dataset, Dataset]:
     for rank, other in enumerate(ranks.gather_objects(about)):
         for what in about:
             if other[what] != about[what]:
-                raise UserError(f"processes {ranks.rank} and {rank} have different {what}; give all hosts the same data")
+                raise UserError(f"processes {ranks.rank} and {rank} have different {what}: give all the same data")
     if len(val_set) < ranks.world_size:
         raise UserError(
             f"the validation set has {len(val_set)} examples, fewer than the {ranks.world_size} processes; "
