@@ -47,8 +47,7 @@ def train(config: Config, ranks: Ranks) -> int:
     torch.set_float32_matmul_precision("high")
     torch.manual_seed(options.seed)
     task = TASKS[config.task](config)
-    model = task.build_model().to(device)
-    optimizer = build_optimizer(model, config.optim)
+    model = task.build_model()
     if options.dry_run:
         say(to_yaml(config))
     say(f"parameters: {sum(p.numel() for p in model.parameters()):,}")
@@ -56,26 +55,25 @@ def train(config: Config, ranks: Ranks) -> int:
         return 0
 
     # The data, the initial weights, the run folder. The folder comes last: a run that cannot start leaves none behind.
-    train_set, val_set = ranks.main_first(task.load_data)  # the main rank downloads, the others wait
+    train_set, val_set = distributed.load_data(task, ranks)
     if task.data_note:
         say(task.data_note)
-    if len(val_set) < ranks.world_size:
-        raise UserError(
-            f"the validation set has {len(val_set)} examples, fewer than the {ranks.world_size} processes; "
-            "give more data, or raise data.val_fraction"
-        )
     step, best_loss = 0, math.inf
     source = checkpoint.resume_source(options)
-    if source is not None:
-        step, best_loss, note = checkpoint.resume(source, config, model, optimizer, device, TASKS)
-        say(note)
-    elif options.eval_only:
+    owner = ranks.newest(source)  # the rank that reads the checkpoint and sends it to the others
+    if owner is None and options.eval_only:
         raise UserError(f"train.eval_only=true: {options.out_dir} has no checkpoint; set train.resume to one")
-    elif getattr(config.model, "init_from", None):
+    if owner is None and ranks.is_main and getattr(config.model, "init_from", None):
         init_weights_from(model, config.model.init_from, config)
-    ranks.barrier()  # the main rank may move the checkpoint only after all ranks have read it
+    bf16 = uses_bf16(options.precision, device)
+    # Training calls `train_model`. Evaluation and checkpoints use `model`, which has the same parameters.
+    train_model = ranks.wrap(model, options, bf16)
+    optimizer = build_optimizer(model, config.optim)
+    if owner is not None:
+        step, best_loss, note = checkpoint.resume(source, config, model, optimizer, ranks, TASKS, owner)
+        say(note)
     folder = Path(options.out_dir)
-    last, best = folder / checkpoint.LAST, folder / checkpoint.BEST
+    saver = checkpoint.Saver(folder, ranks.is_main)
     if ranks.is_main and not options.eval_only:
         checkpoint.move_aside(folder, source)
         log = RunLog(folder, step, to_yaml(config))
@@ -83,12 +81,9 @@ def train(config: Config, ranks: Ranks) -> int:
     keys = TrainKeys(batch_size, micro_batches, ranks, step, options.max_steps)
     batches = iter(train_loader(train_set, keys, config.data.num_workers))
     val_batches = eval_loader(val_set, keys.size, ranks, config.data.num_workers)
-    bf16 = uses_bf16(options.precision, device)
     if bf16:
         say("matrix products in bf16; train.precision=float32 avoids that")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    # Training calls `train_model`. Evaluation and checkpoints use `model`, which has the same parameters.
-    train_model = ranks.wrap(torch.compile(model) if options.compile else model)
     speed = SpeedMeter(task, device, bf16)
     stop = StopSignal()
 
@@ -100,9 +95,9 @@ def train(config: Config, ranks: Ranks) -> int:
     def evaluate() -> dict[str, float] | None:
         """The metrics of the whole validation set. None if a stop signal arrives."""
         totals = {}
-        with evaluation_mode(model):
+        with evaluation_mode(model) as whole_model:
             for batch in val_batches:
-                add(totals, loss(model, batch))
+                add(totals, loss(whole_model, batch))
                 if stop.received:
                     break
         if ranks.any(stop.received):
@@ -167,7 +162,7 @@ def train(config: Config, ranks: Ranks) -> int:
                 log.metrics(step, "val", val)
                 if not final:
                     say(f"step {step}: {format_metrics(val)}")
-            if save_now and ranks.is_main:
+            if save_now:
                 state = {
                     "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(),
@@ -176,36 +171,38 @@ def train(config: Config, ranks: Ranks) -> int:
                     "config": to_dict(config),
                     "task": task.state_dict(),
                 }
-                checkpoint.save(state, best if improved else last)
-                if improved:
-                    checkpoint.link(best, last)
-            if val and ranks.is_main:
-                with evaluation_mode(model):
-                    log.visuals(step, task.visualize(model))
+                saver.save(ranks.gather(state), improved)
+            if val:
+                with evaluation_mode(model) as whole_model:
+                    if ranks.is_main:
+                        log.visuals(step, task.visualize(whole_model))
+                ranks.barrier()  # wait for the main rank, however long it takes
     bar.close()
+    saver.wait()
 
     if val is None and not stopping:  # no step to train: the run was already complete
         val = evaluate()
     if val is None:
-        say(f"stopped by {stop.name} after step {step}; the same command continues from {last}")
+        say(f"stopped by {stop.name} after step {step}; the same command continues from {saver.last}")
         return 128 + (stop.received or signal.SIGTERM)
     if ranks.is_main:
         say(task.summary(val) or f"validation: {format_metrics(val)}")
     if ranks.is_main and not options.eval_only:
         say(
             f"step {step}, the run is complete",
-            f"checkpoints in {last.parent}; best.pt has the lowest validation loss, {best_loss:.4f}",
+            f"checkpoints in {saver.last.parent}; best.pt has the lowest validation loss, {best_loss:.4f}",
         )
         log.close()
     return 0
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Turns off dropout and gradients inside the block, then returns to training mode."""
-    model.eval()
-    with torch.inference_mode():
-        yield
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Yields the whole model, without dropout and gradients. Then returns to training mode. All ranks must enter."""
+    with distributed.whole(model) as whole_model:
+        whole_model.eval()
+        with torch.inference_mode():
+            yield whole_model
     model.train()
 
 
@@ -220,21 +217,19 @@ def main() -> int:
     config = read_command(sys.argv[1:], __doc__.splitlines()[0], TASKS)
     if config is None:  # the command asked for help
         return 0
-    ranks = distributed.init_ranks(config.train.device)
-    config.train.compile = uses_compile(config.train, ranks)
-    try:
-        with explaining_memory(memory_advice(config, ranks)), profiling(config.train, ranks):
-            return train(config, ranks)
-    except FloatingPointError as error:
-        if ranks.is_main:
-            io.tell(
-                f"error: {error}. Try a lower optim.lr or optim.max_grad_norm, or train.precision=float32. "
-                "Checkpoints of earlier steps, if there are any, are unchanged"
-            )
-        return 1
-    finally:
-        distributed.close()
+    with distributed.joined(config.train.device) as ranks:
+        config.train.compile = uses_compile(config.train, ranks)
+        try:
+            with explaining_memory(memory_advice(config, ranks)), profiling(config.train, ranks):
+                return train(config, ranks)
+        except FloatingPointError as error:
+            if ranks.is_main:
+                io.tell(
+                    f"error: {error}. Try a lower optim.lr or optim.max_grad_norm, or train.precision=float32. "
+                    "Checkpoints of earlier steps, if there are any, are unchanged"
+                )
+            return 1
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(main, distributed.report_once)

@@ -4,6 +4,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from perceiver.config import Config, TrainConfig, from_dict, to_dict
+from perceiver.distributed import Ranks
 from perceiver.errors import UserError, reading, reason
 from perceiver.io import replacing, tell
 from perceiver.optim import learning_rate
@@ -50,6 +52,33 @@ def link(source: Path, path: Path):
             shutil.copyfile(source, temporary)
 
 
+class Saver:
+    """Saves the checkpoints of a run in a thread, while training goes on. Only the main rank writes."""
+
+    def __init__(self, folder: Path, is_main: bool):
+        self.best = folder / BEST
+        self.last = folder / LAST
+        self.is_main = is_main
+        self.pool = ThreadPoolExecutor(max_workers=1)
+        self.job = None
+
+    def save(self, checkpoint: dict, improved: bool):
+        """Starts to write last.pt, and best.pt if the model has improved. Raises UserError if the last save failed."""
+        self.wait()
+        if self.is_main:
+            self.job = self.pool.submit(self.write, checkpoint, improved)
+
+    def write(self, checkpoint: dict, improved: bool):
+        save(checkpoint, self.best if improved else self.last)
+        if improved:
+            link(self.best, self.last)
+
+    def wait(self):
+        """Waits until the newest checkpoint is on the disk. Raises UserError if that failed."""
+        if self.job is not None:
+            self.job.result()
+
+
 def load(path: str | Path, device: str | torch.device = "cpu") -> dict:
     """A checkpoint: model, optimizer, step, best_loss, config, task. Raises UserError if it is missing or damaged."""
     if not Path(path).exists():
@@ -76,29 +105,33 @@ def resume(
     config: Config,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    device: torch.device,
+    ranks: Ranks,
     tasks: dict[str, type],
+    owner: int = 0,
 ) -> tuple[int, float, str]:
     """Loads `model` and `optimizer`. Returns the step, the best validation loss, and a note for the user.
+
+    The rank `owner` reads its `source` and sends it to the other ranks: they need no file.
 
     The optimizer keeps its options (lr, weight decay) from `config`. Raises UserError if the checkpoint is from another
     task, model or optimizer, or, with train.resume=auto, from other data. A checkpoint holds no state of random
     generators, because train.py seeds them at every step.
     """
-    saved = load(source, device)
-    old = from_dict(saved["config"], tasks)
+    saved = load(source) if ranks.rank == owner else {}
+    about = {name: saved.get(name) for name in ("step", "best_loss", "config")}
+    source, about = ranks.share([str(source), about], owner)
+    old = from_dict(about["config"], tasks)
     check_resumable(to_dict(old), to_dict(config), source)
     options = [dict(group) for group in optimizer.param_groups]
     try:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        ranks.load(model, optimizer, saved, owner)
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{source} does not fit the model ({reason(error)}); {ADVICE}") from None
     for group, values in zip(optimizer.param_groups, options):
         for name in values.keys() - {"params", "step"}:
             group[name] = values[name]
-    step = saved["step"]
-    return step, saved["best_loss"], resume_note(step, old, config)
+    step = about["step"]
+    return step, about["best_loss"], resume_note(step, old, config)
 
 
 def resume_note(step: int, old: Config, new: Config) -> str:
@@ -114,7 +147,7 @@ def resume_note(step: int, old: Config, new: Config) -> str:
     return note
 
 
-def check_resumable(old: dict, new: dict, source: Path):
+def check_resumable(old: dict, new: dict, source: str | Path):
     """Raises UserError if a run with config `new` cannot continue from a checkpoint with config `old`."""
     if old["task"] != new["task"]:
         raise UserError(f"{source} is a checkpoint of task {old['task']}, not {new['task']}; {ADVICE}")

@@ -64,6 +64,7 @@ class TrainConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA if there is a GPU
     precision: Literal["auto", "bf16", "float32"] = "auto"  # auto: bf16 if it is fast on the GPU or CPU
     compile: Literal["auto", True, False] = "auto"  # torch.compile; auto: on CUDA if there is a compiler, not on a CPU
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # of several processes: each holds the model, or a part of it
     resume: str = "auto"  # auto: from the run's last.pt if it exists; never: start anew; or a path of a checkpoint
     log_every: Count = 10  # steps between log lines
     eval_every: Count = 500  # steps between evaluations on the validation set

@@ -63,12 +63,19 @@ def printable(text: str, stream: TextIO) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda c: f"\\x{ord(c[0]) & 255:02x}", text)
 
 
-def run_script(main: Callable[[], int | None]):
-    """Runs the `main` of a script and exits with the code that it returns, or with the code of its exception."""
+def print_error(line: str):
+    print(printable(line, sys.stderr), file=sys.stderr, flush=True)
+
+
+def run_script(main: Callable[[], int | None], report: Callable[[str], None] = print_error):
+    """Runs the `main` of a script and exits with the code that it returns, or with the code of its exception.
+
+    `report` prints the line of an error.
+    """
     try:
         code = main() or 0
     except UserError as error:
-        print(printable(f"error: {error}", sys.stderr), file=sys.stderr)
+        report(f"error: {error}")
         code = 2
     except KeyboardInterrupt:
         code = 130
@@ -77,6 +84,6 @@ def run_script(main: Callable[[], int | None]):
         code = 0
     except OSError as error:  # for example a full disk
         where = f"{error.filename}: " if error.filename else ""
-        print(printable(f"error: {where}{reason(error)}", sys.stderr), file=sys.stderr)
+        report(f"error: {where}{reason(error)}")
         code = 2
     sys.exit(code)

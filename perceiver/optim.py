@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from perceiver.config import OptimConfig
 from perceiver.model import CrossAttentionLayer, SelfAttentionLayer
@@ -86,7 +87,7 @@ class Muon(torch.optim.Optimizer):
         means = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(means, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, means, group["momentum"])  # Nesterov momentum
-        updates = orthogonalize(torch.stack(updates)).to(params[0].dtype)
+        updates = orthogonalize_whole(torch.stack(updates)).to(params[0].dtype)
         lr = group["lr"] * group["lr_factor"]
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
         rms = 0.2 * max(params[0].shape) ** 0.5  # AdamW's root mean square, 0.2, over that of an orthogonal matrix
@@ -107,6 +108,14 @@ def orthogonalize(x: Tensor) -> Tensor:
         polynomial = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         wide = torch.baddbmm(wide, polynomial, wide, beta=3.4445)
     return wide if x.shape[1] <= x.shape[2] else wide.mT
+
+
+def orthogonalize_whole(x: Tensor) -> Tensor:
+    """`orthogonalize` for matrices that FSDP shards. Each rank gathers them, computes all, and keeps its part."""
+    if not isinstance(x, DTensor):
+        return orthogonalize(x)
+    y = orthogonalize(x.full_tensor())
+    return distribute_tensor(y, x.device_mesh, x.placements, src_data_rank=None)
 
 
 class Optimizers:
@@ -151,7 +160,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         return Optimizers(muon, adamw)
     groups = decay_groups(params, config)
     if config.name == "sgd":
-        return torch.optim.SGD(groups, config.lr, config.momentum, fused=True)
+        sharded = any(isinstance(p, DTensor) for p in params)  # these have no fused SGD
+        return torch.optim.SGD(groups, config.lr, config.momentum, fused=not sharded)
     options = config.lr, config.betas, config.eps
     if config.name == "lamb":
         return Lamb(groups, *options)
@@ -202,7 +212,10 @@ def scale_and_clip(params: Iterable[nn.Parameter], scale: Tensor, max_norm: floa
     One multiplication does both. Everything runs on the device: the host does not wait.
     """
     grads = [p.grad for p in params if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(grads) * scale
+    norm = torch.nn.utils.get_total_norm(grads)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    norm = norm * scale
     if max_norm is not None:
         scale = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(grads, scale.to(grads[0].dtype))

@@ -8,11 +8,12 @@ import torch
 from conftest import TINY
 from perceiver import checkpoint, io
 from perceiver.config import TrainConfig, load_config, to_dict
+from perceiver.distributed import Ranks
 from perceiver.errors import UserError
 from perceiver.optim import build_optimizer
 from perceiver.tasks import TASKS
 
-CPU = torch.device("cpu")
+CPU = Ranks(0, 1, torch.device("cpu"))
 
 
 def clm(*overrides):

@@ -293,7 +293,7 @@ def test_no_config_is_a_mistake():
 def test_samples_are_made_in_evaluation_mode_after_the_checkpoint_is_saved(tmp_path, corpus, monkeypatch):
     config = load_config(ROOT / "configs/clm.yaml", [*TINY, f"data.path={corpus}", f"train.out_dir={tmp_path}/run",
                                                      "train.max_steps=2", "train.eval_every=1"], TASKS)
-    seen = []
+    seen, saves = [], []
 
     class Probe(TASKS["causal_lm"]):
         def loss(self, model, batch):
@@ -302,11 +302,18 @@ def test_samples_are_made_in_evaluation_mode_after_the_checkpoint_is_saved(tmp_p
 
         def visualize(self, model):
             seen.append(("visualize", model.training, torch.is_inference_mode_enabled()))
+            saves[-1].wait()
             last = checkpoint.load(tmp_path / "run/checkpoints/last.pt")
             assert last["task"] == self.state_dict()
             seen.append(last["step"])
             return {}
 
+    class Saver(checkpoint.Saver):
+        def save(self, *args):
+            saves.append(self)
+            super().save(*args)
+
+    monkeypatch.setattr(checkpoint, "Saver", Saver)
     monkeypatch.setitem(TASKS, "causal_lm", Probe)
     monkeypatch.setattr(train, "StopSignal", lambda: SimpleNamespace(received=0))
     assert train.train(config, Ranks(0, 1, torch.device("cpu"))) == 0
