@@ -1,4 +1,4 @@
-"""Trains several configs one after the other in the processes of one torchrun: `many_runs.py CONFIG OVERRIDE ... -- ...`."""
+"""Trains several configs in turn in the processes of one torchrun: `many_runs.py CONFIG KEY=VALUE ... -- ...`."""
 import sys
 from itertools import groupby
 from pathlib import Path
