@@ -428,7 +428,7 @@ def fingerprint(samples: Path) -> str:
 
 def make_run(samples: Path):
     """The run that `resume_case` continues."""
-    config = load_config(samples / "tiny.yaml", [f"train.out_dir={samples}/run"], TASKS)
+    config = load_config(samples / "tiny.yaml", [f"train.out_dir={samples}/run", "train.compile=false"], TASKS)
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train.train(config, Ranks(0, 1, torch.device("cpu")))
