@@ -90,7 +90,7 @@ def train(config: Config, ranks: Ranks) -> int:
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
         with autocast:
-            return task.loss(model, batch)
+            return task.count_loss(model, batch)
 
     def evaluate() -> dict[str, float] | None:
         """The metrics of the whole validation set. None if a stop signal arrives."""
@@ -102,7 +102,7 @@ def train(config: Config, ranks: Ranks) -> int:
                     break
         if ranks.any(stop.received):
             return None
-        return task.metrics(to_floats(ranks.sum(totals)))
+        return task.all_metrics(to_floats(ranks.sum(totals)))
 
     model.train()
     max_steps = step if options.eval_only else options.max_steps
@@ -140,7 +140,7 @@ def train(config: Config, ranks: Ranks) -> int:
         eval_now = not stopping and (final or step % options.eval_every == 0)
         save_now = final or eval_now or step % options.save_every == 0
         if log_now or save_now:  # in other steps the host does not wait for the GPU
-            metrics = task.metrics(to_floats(totals)) | {"lr": lr, "grad_norm": grad_norm.item()}
+            metrics = task.all_metrics(to_floats(totals)) | {"lr": lr, "grad_norm": grad_norm.item()}
             check_finite(step, loss=metrics["loss"], grad_norm=metrics["grad_norm"])
         if log_now:
             rates = speed.report((step - logged_step) * batch_size, totals["count"].item())

@@ -14,7 +14,7 @@ from torch import nn
 from perceiver.config import Config, TrainConfig, from_dict, to_dict
 from perceiver.distributed import Ranks
 from perceiver.errors import UserError, reading, reason
-from perceiver.io import replacing, tell
+from perceiver.io import load_tensors, replacing, tell
 from perceiver.optim import learning_rate
 
 BEST, LAST = "checkpoints/best.pt", "checkpoints/last.pt"  # in a run folder
@@ -86,7 +86,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> dict:
     with reading(f"checkpoint {path}"):
         if not zipfile.is_zipfile(path):
             raise UserError(f"{path} is damaged, or not a checkpoint of train.py")
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = load_tensors(path, device)
     if not isinstance(checkpoint, dict) or not {"model", "optimizer", "step", "config"} <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of train.py: it lacks model, optimizer, step or config")
     return checkpoint

@@ -94,7 +94,8 @@ class UnknownKey(UserError):
 def load_config(path: str | Path, overrides: list[str], tasks: dict[str, type]) -> Config:
     """The config in a YAML file, changed by `section.key=value` overrides. Raises UserError for any mistake in them."""
     with reading(f"config {path}"):
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            values = read_yaml(file.read(MAX_CHARACTERS + 1))
     if not isinstance(values, dict):
         raise UserError(f"config {path} must be a mapping of sections, not {type(values).__name__}")
     for override in overrides:
@@ -103,6 +104,18 @@ def load_config(path: str | Path, overrides: list[str], tasks: dict[str, type]) 
     if config.train.out_dir is None:
         config.train.out_dir = str(Path("runs") / Path(path).stem)
     return config
+
+
+MAX_CHARACTERS = 2**17
+
+
+def read_yaml(text: str) -> Any:
+    """The values in a YAML text. It must be short and without aliases: a few can stand for billions of values."""
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"it has more than {MAX_CHARACTERS} characters, too many for a config")
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+        raise ValueError("it holds an alias (*name); write the value again instead")
+    return yaml.safe_load(text)
 
 
 def set_value(values: dict, override: str):

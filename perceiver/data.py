@@ -14,10 +14,12 @@ import re
 import sys
 import sysconfig
 import tempfile
+import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,10 +33,21 @@ from torchvision import datasets
 from torchvision.datasets.folder import make_dataset
 from tqdm import tqdm
 
-from perceiver.config import Count, NonNegativeInt, ValFraction
+from perceiver.config import Count, NonNegativeInt, Probability, ValFraction
 from perceiver.distributed import Ranks
 from perceiver.errors import UserError, reading
-from perceiver.io import Download, cached_array, digest, fetch, import_optional, read_bytes, visible_files
+from perceiver.io import (
+    Download,
+    cached_array,
+    digest,
+    fetch,
+    file_place,
+    import_optional,
+    read_bytes,
+    stamp,
+    tell,
+    visible_files,
+)
 
 IGNORE = -100  # the label of a position without a loss, cross_entropy's default
 
@@ -51,6 +64,9 @@ class LoaderConfig:
 
     batch_size: Count = 16  # examples of one optimizer step, over all ranks and micro-batches
     num_workers: NonNegativeInt = 0  # processes that load data, per rank; 0: the training process itself
+    # The largest fraction of examples that may be unreadable. Training replaces each by the next readable one;
+    # evaluation leaves it out. Unless this is 0, one unreadable example is always allowed.
+    max_unreadable: Probability = 0.01
 
     eval_name = "validation"  # of the data that evaluation uses
 
@@ -93,6 +109,73 @@ def epoch_order(seed, epoch, num_examples):
     return np.random.default_rng((seed, epoch)).permutation(num_examples)
 
 
+class Readable(Dataset):
+    """A dataset of files in which each unreadable example is replaced by the next readable one.
+
+    The replacement depends on the index alone, so a resumed run sees the same examples. Prints a line for each
+    unreadable example once. Raises UserError if more than `max_unreadable` of all examples are unreadable.
+    """
+
+    num_replaced = 0  # by all datasets of this process
+
+    def __init__(self, examples: Dataset, max_unreadable: float):
+        self.examples = examples
+        self.max_unreadable = max_unreadable
+        self.unreadable = torch.zeros(len(examples), dtype=torch.bool).share_memory_()  # workers share it
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name == "examples":  # pickle looks for them before `examples` is there
+            raise AttributeError(name)
+        return getattr(self.examples, name)
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        generator_state = torch.get_rng_state()
+        for distance in range(len(self)):
+            number = (index + distance) % len(self)
+            if not self.unreadable[number]:
+                try:
+                    return self.examples[number]
+                except UserError as error:
+                    self.report(number, error)
+                    torch.set_rng_state(generator_state)
+            Readable.num_replaced += 1
+        raise UserError("no example is readable")
+
+    def report(self, number, error):
+        self.unreadable[number] = True
+        check_unreadable(int(self.unreadable.sum()), len(self), self.max_unreadable, error)
+        tell(f"{error}; training uses the next example instead, evaluation leaves it out")
+
+
+def check_unreadable(count: int, total: int, max_unreadable: float, error):
+    """Raises UserError if `count` of `total` examples are too many. `error` says why the last one is unreadable."""
+    if count == total:
+        raise UserError(f"{error}; no example is readable")
+    if count > math.ceil(max_unreadable * total):
+        raise UserError(
+            f"{error}; {count} of {total} examples are unreadable, more than data.max_unreadable={max_unreadable} "
+            "allows: repair the files, or raise it"
+        )
+
+
+@dataclass
+class Marked(Dataset):
+    """Adds to each example whether it is unreadable, that is, whether `Readable` replaced a part of it."""
+
+    examples: Dataset
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, key):
+        before = Readable.num_replaced
+        example = self.examples[key]
+        return example | {"unreadable": Readable.num_replaced > before}
+
+
 class TrainKeys(Sampler):
     """The keys (step, index in the global batch) of one rank's micro-batches, for steps first_step .. last_step - 1."""
 
@@ -111,24 +194,29 @@ class TrainKeys(Sampler):
 
 
 def train_loader(dataset: Dataset, keys: TrainKeys, num_workers: int) -> DataLoader:
-    return make_loader(dataset, keys.ranks, num_workers, batch_sampler=keys)
+    return make_loader(dataset, keys.ranks, num_workers, collate_fn=collate_padded, batch_sampler=keys)
 
 
 def eval_loader(dataset: Dataset, batch_size: int, ranks: Ranks, num_workers: int) -> DataLoader:
-    """Batches of this rank's share of a dataset. Together the ranks see every example once."""
+    """Batches of this rank's share of a dataset, without unreadable examples.
+
+    Together the ranks see every example once.
+    """
     numbers = range(ranks.rank, len(dataset), ranks.world_size)
-    return make_loader(Subset(dataset, numbers), ranks, num_workers, batch_size=batch_size)
+    return make_loader(
+        Subset(dataset, numbers), ranks, num_workers, collate_fn=collate_readable, batch_size=batch_size
+    )
 
 
 def make_loader(dataset, ranks, num_workers, **batches):
-    # Start methods other than fork would pickle the dataset, perhaps a whole corpus, for each worker.
+    # Forked workers share the memory of their parent. Other start methods pickle the dataset for each worker; of a mapped
+    # corpus, that is the name of its file.
     fork = num_workers > 0 and sys.platform == "linux"
     return DataLoader(
-        dataset,
+        Marked(dataset),
         num_workers=num_workers,
         multiprocessing_context="fork" if fork else None,
         worker_init_fn=own_process_group,
-        collate_fn=collate_padded,
         pin_memory=ranks.device.type == "cuda",
         **batches,
     )
@@ -144,8 +232,10 @@ def own_process_group(worker):
 def collate_padded(examples: list[dict]) -> dict[str, Tensor]:
     """Stacks examples into a batch. Pads shorter input_ids on the left, to the length of the longest.
 
-    A batch without padding gets no pad_mask, because attention is faster without a mask.
+    A batch without padding gets no pad_mask, because attention is faster without a mask. `unreadable` is the number of
+    unreadable examples.
     """
+    unreadable = sum(example.get("unreadable", False) for example in examples)
     lengths = [len(example.get("input_ids", ())) for example in examples]
     longest = max(lengths)
     if min(lengths) < longest:
@@ -153,6 +243,18 @@ def collate_padded(examples: list[dict]) -> dict[str, Tensor]:
     batch = default_collate(examples)
     if "pad_mask" in batch and not batch["pad_mask"].any():
         del batch["pad_mask"]
+    return batch | {"unreadable": torch.tensor(unreadable)}
+
+
+def collate_readable(examples: list[dict]) -> dict[str, Tensor]:
+    """Like `collate_padded`, but leaves out unreadable examples. `num_readable` is the number of the others.
+
+    If all are unreadable, the batch has their replacements, which must not count.
+    """
+    readable = [example for example in examples if not example["unreadable"]]
+    batch = collate_padded(readable or examples)
+    batch["unreadable"] = torch.tensor(len(examples) - len(readable))
+    batch["num_readable"] = torch.tensor(len(readable))
     return batch
 
 
@@ -231,6 +333,12 @@ class JsonTokenizer:
         """Surrogates in `text` stand for bytes that are not UTF-8. They become U+FFFD."""
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_texts(self, texts: list[str]) -> list[np.ndarray]:
+        """The tokens (n,) of each text. All cores encode them together."""
+        dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
+        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype) for encoding in encodings]
 
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens)
@@ -349,7 +457,39 @@ class Tokens:
         return len(self.values)
 
     def __getitem__(self, part: slice) -> np.ndarray:
-        return self.values[part].astype(np.int64) + self.offset
+        return in_memory(self.values[part]).astype(np.int64) + self.offset
+
+    def blocks(self, size=2**22, count=None) -> Iterator[np.ndarray]:
+        """Yields `values` in blocks of up to `size`: all of them, or `count` blocks evenly spaced."""
+        starts = range(0, len(self), size)
+        step = math.ceil(len(starts) / count) if count else 1
+        for start in starts[::step]:
+            yield in_memory(self.values[start : start + size])
+
+    def __reduce__(self):
+        """A worker that is not forked gets the name of the file of mapped values, not a copy."""
+        if not isinstance(self.values, np.memmap):
+            return Tokens, (self.values, self.offset)
+        return map_tokens, (*file_place(self.values), self.values.dtype, len(self.values), self.offset)
+
+
+def map_tokens(file, start, dtype, count, offset):
+    return Tokens(np.memmap(file, dtype, mode="r", offset=start, shape=(count,)), offset)
+
+
+def in_memory(values):
+    """`values`, read from their file if they are mapped.
+
+    Pages of a map would stay in the memory of this process, and the process would crash if the file became shorter.
+    """
+    if not isinstance(values, np.memmap):
+        return values
+    file, start = file_place(values)
+    with reading(file):
+        found = np.fromfile(file, values.dtype, len(values), offset=start)
+        if len(found) < len(values):
+            raise ValueError("it has become shorter")
+    return found
 
 
 @dataclass
@@ -380,9 +520,9 @@ def load_corpus(config: CorpusConfig) -> Corpus:
         train_files, val_files = hold_out(train_files, config.val_fraction)
 
     separator = b"\n\n" if is_imdb(source) else b""
-    train = read_values(train_files, config.bin_dtype, separator)
+    train = read_values(train_files, config, separator)
     if val_files:
-        val = read_values(val_files, config.bin_dtype, separator)
+        val = read_values(val_files, config, separator)
     elif is_enwik8 and len(train) == 100_000_000:
         train, val, test = np.split(train, [90_000_000, 95_000_000])  # the usual split
         val = test if config.eval_split == "test" else val
@@ -505,19 +645,41 @@ def list_names(files):
     return names if len(files) <= 3 else f"{names}, ... ({len(files):,} in all)"
 
 
-def read_values(files: list[Path], bin_dtype: str, separator: bytes) -> np.ndarray:
-    """The token ids of .npy and .bin files, or the bytes of text files. A single file is mapped to memory.
+SMALL_CORPUS = 2**26  # bytes; a smaller corpus of several files is joined in memory
 
-    `separator` follows each of several texts.
+
+def read_values(files: list[Path], config: CorpusConfig, separator: bytes) -> np.ndarray:
+    """The token ids of .npy and .bin files, or the bytes of text files.
+
+    A single file is mapped to memory. Several files are joined: in memory, or, if they are large, in a file in
+    cache_dir, which is mapped and kept until one of them changes. `separator` follows each of several texts.
     """
     if len(files) == 1:
-        return map_file(files[0], bin_dtype)
-    if is_ids(files[0]):
-        return np.concatenate([map_file(file, bin_dtype) for file in files])
-    text = bytearray()
+        return map_file(files[0], config.bin_dtype)
+    separator = np.frombuffer(separator, np.uint8)
+    if not is_ids(files[0]):
+        parts = partial(text_blocks, files, separator)
+    else:
+        dtype = np.result_type(*{map_file(file, config.bin_dtype).dtype for file in files})
+        parts = partial(id_blocks, files, config.bin_dtype, dtype)
+    if sum(file.stat().st_size for file in files) < SMALL_CORPUS:
+        return np.concatenate(list(parts()))
+    name = digest(*map(stamp, files), separator, config.bin_dtype)
+    return cached_array(Path(config.cache_dir) / f"corpus-{name}.npy", lambda: tqdm(parts(), "joining files"))
+
+
+def text_blocks(files, separator):
     for file in files:
-        text += read_bytes(file) + separator
-    return np.frombuffer(text, np.uint8)
+        with reading(file), open(file, "rb") as stream:
+            while block := stream.read(2**22):
+                yield np.frombuffer(block, np.uint8)
+        yield separator
+
+
+def id_blocks(files, bin_dtype, dtype):
+    for file in files:
+        for block in Tokens(map_file(file, bin_dtype)).blocks():
+            yield block.astype(dtype)
 
 
 def map_file(file, bin_dtype):
@@ -537,15 +699,12 @@ def tokenize(corpus: Tokens, tokenizer: JsonTokenizer, cache_dir: str | Path) ->
 
 
 def encode_corpus(corpus, tokenizer):
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    """Yields the tokens of a corpus of bytes in parts."""
     parts = text_parts(corpus.values)
-    ids = []
     with tqdm(desc="tokenizing", total=len(corpus), unit="B", unit_scale=True) as bar:
-        while group := list(islice(parts, 16)):  # encoded in parallel
-            encodings = tokenizer.tokenizer.encode_batch(group, add_special_tokens=False)
-            ids += [np.array(encoding.ids, dtype) for encoding in encodings]
+        while group := list(islice(parts, 16)):
+            yield np.concatenate(tokenizer.encode_texts(group))
             bar.update(sum(len(text.encode()) for text in group))
-    return np.concatenate(ids)
 
 
 def text_parts(values, size=2**18):
@@ -556,7 +715,7 @@ def text_parts(values, size=2**18):
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     start = 0
     while start < len(values):
-        block = values[start : start + size].tobytes()
+        block = in_memory(values[start : start + size]).tobytes()
         end = block.rfind(b"\n") + 1 or len(block)  # rfind is -1 without a line end
         start += end
         yield decoder.decode(block[:end], final=start == len(values))
@@ -750,9 +909,28 @@ def read_image(file: str | Path, channels: int) -> Image.Image:
 
     Raises UserError if it cannot be read, or has more than 8 bits per channel.
     """
-    with reading(file), Image.open(file) as image:
+    with open_image(file) as image:
         ImageOps.exif_transpose(image, in_place=True)
         return to_channels(image, channels)
+
+
+IMAGE_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # Pillow would start a program for EPS
+MAX_PIXELS = 2**26  # 8192 x 8192; a file of a few bytes can declare any size
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `check_pixels` is stricter
+
+
+@contextmanager
+def open_image(file: str | Path) -> Iterator[Image.Image]:
+    """Yields an image file. Raises UserError if it cannot be read, also in the block."""
+    with reading(file), Image.open(file, formats=IMAGE_FORMATS) as image:
+        check_pixels(image)
+        yield image
+
+
+def check_pixels(image: Image.Image):
+    """Raises ValueError if an image is too large to decode."""
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"it has {image.width} x {image.height} pixels, more than {MAX_PIXELS}; make it smaller")
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
@@ -765,9 +943,14 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
     return image.convert("L" if channels == 1 else "RGB")
 
 
+def file_array(files: list[Path]) -> np.ndarray:
+    """The paths of files (n,) in one block of bytes; os.fsdecode turns an element into a path."""
+    return np.array(list(map(os.fsencode, files)))
+
+
 @dataclass
 class LabelledImages:
-    images: np.ndarray  # names of files (n,), or uint8 pixels (n, H, W) or (n, H, W, 3)
+    images: np.ndarray  # `file_array` (n,), or uint8 pixels (n, H, W) or (n, H, W, 3)
     labels: np.ndarray | list[int]
     class_names: list[str]
 
@@ -797,14 +980,20 @@ def read_mnist(root, train, download):
     return LabelledImages(images, labels, list("0123456789"))
 
 
+MAX_IDX_BYTES = 2**28  # MNIST has 47 million; a compressed file can hold a thousand times its size
+
+
 def read_idx(root, name, read):
     """The array that torchvision's `read` finds in an IDX file in `root` or root/MNIST/raw, which may be compressed."""
     files = sorted([*root.glob(f"{name}*"), *root.glob(f"MNIST/raw/{name}*")])
     if not files:
         raise FileNotFoundError(f"there is no {name}")
     with reading(files[0]), tempfile.NamedTemporaryFile() as unpacked:  # torchvision reads no compressed files
-        data = files[0].read_bytes()
-        unpacked.write(gzip.decompress(data) if files[0].suffix == ".gz" else data)
+        with gzip.open(files[0]) if files[0].suffix == ".gz" else open(files[0], "rb") as packed:
+            data = packed.read(MAX_IDX_BYTES + 1)
+        if len(data) > MAX_IDX_BYTES:
+            raise ValueError(f"it holds more than {MAX_IDX_BYTES} bytes")
+        unpacked.write(data)
         unpacked.flush()
         return read(unpacked.name).numpy()
 

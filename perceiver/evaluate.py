@@ -59,8 +59,8 @@ def evaluate(task: Task, model: nn.Module, examples: Dataset, device: torch.devi
     for batch in tqdm(loader, unit=" batches"):
         batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            add(totals, task.loss(model, batch))
-    return task.metrics(to_floats(totals))
+            add(totals, task.count_loss(model, batch))
+    return task.all_metrics(to_floats(totals))
 
 
 def main(args: argparse.Namespace):

@@ -4,16 +4,21 @@ import hashlib
 import importlib
 import json
 import os
+import pickletools
 import re
+import resource
 import shutil
 import sys
+import zipfile
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -64,6 +69,52 @@ def natural_key(file: str | Path) -> list:
     return [int(part) if part.isdigit() else part for part in parts]
 
 
+def memory_limit() -> int:
+    """Bytes of memory that this process may use: the machine's, or fewer if `ulimit -v` says so."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return installed if limit == resource.RLIM_INFINITY else min(limit, installed)
+
+
+# What a pickle in a file of torch.save may name. weights_only allows more, such as bytearrays of any length.
+PICKLED = re.compile(
+    r"collections OrderedDict|torch Size|torch\._utils _rebuild_(tensor_v2|parameter)|torch \w+Storage|"
+    r"torch (float|int|uint|bfloat|bool)\d*"
+)
+
+
+def load_tensors(file: str | Path, device: str | torch.device = "cpu"):
+    """The object in a file of torch.save: tensors, numbers and texts in dicts and lists.
+
+    The file may come from anybody: it runs no code, and takes no more memory than its size. Raises an exception if it
+    is damaged.
+    """
+    advise_upgrade()
+    with zipfile.ZipFile(file) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(file):
+            raise ValueError("it is compressed, which torch.save never does")
+        for name in archive.namelist():
+            if name.endswith(".pkl"):
+                check_pickle(archive.read(name))
+    return torch.load(file, map_location=device, weights_only=True)
+
+
+def check_pickle(data: bytes):
+    """Raises ValueError if a pickle names a function or class that is not in a checkpoint."""
+    for operation, argument, _ in pickletools.genops(data):
+        if operation.name == "STACK_GLOBAL" or operation.name == "GLOBAL" and not PICKLED.fullmatch(argument):
+            raise ValueError(f"it holds {argument or operation.name}, which no checkpoint needs")
+
+
+@cache
+def advise_upgrade():
+    if torch.__version__ < (2, 10):
+        tell(
+            f"torch {torch.__version__} has a known flaw (CVE-2026-24747): a checkpoint made for an attack can corrupt "
+            "memory. Load only files that you trust, or install torch 2.10 or newer"
+        )
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing, caches and downloads
 
@@ -88,23 +139,65 @@ def flush(path: Path):
         os.close(descriptor)
 
 
-def cached_array(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
-    """The array in the .npy file `file`, mapped to memory. If the file does not exist, `make` returns its array."""
+def cached_array(file: Path, make: Callable[[], Iterable[np.ndarray]]) -> np.ndarray:
+    """The array in the .npy file `file`, mapped to memory. If the file does not exist, `make` yields its parts (n,).
+
+    Only one part is in memory at a time.
+    """
     if not file.exists():
-        array = make()
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary, open(temporary, "wb") as out:
-            np.save(out, array)
+            write_array(out, make())
     with reading(file):
         return np.load(file, mmap_mode="r")
 
 
+HEADER_SIZE = 128  # bytes of a .npy header; numpy leaves space for any length
+
+
+def write_array(out: BinaryIO, parts: Iterable[np.ndarray]):
+    """Writes parts (n,) of one type to a .npy file."""
+    out.write(bytes(HEADER_SIZE))
+    for part in parts:
+        part.tofile(out)
+    write_header(out, part.dtype)
+
+
+def write_header(out: BinaryIO, dtype: np.dtype):
+    """Writes the header of a .npy file, once the values after it are there."""
+    count = (out.seek(0, os.SEEK_END) - HEADER_SIZE) // dtype.itemsize
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    out.seek(0)
+    np.lib.format.write_array_header_1_0(out, header)
+
+
 def digest(*parts: str | np.ndarray) -> str:
-    """16 hexadecimal digits that change with any of `parts`, for the names of cache files."""
+    """16 hexadecimal digits that change with any of `parts`, for the names of cache files.
+
+    An array that is mapped from a file is known by the name, size and time of the file. It is not read.
+    """
     total = hashlib.sha256()
     for part in parts:
+        if isinstance(part, np.memmap):
+            file, start = file_place(part)
+            part = f"{stamp(file)} {start} {len(part)} {part.dtype}"
         total.update(part.encode() if isinstance(part, str) else np.ascontiguousarray(part))
     return total.hexdigest()[:16]
+
+
+def stamp(file: str | Path) -> str:
+    """The name, size and time of a file. They change if its content does."""
+    with reading(file):
+        status = os.stat(file)
+    return f"{os.path.abspath(file)} {status.st_size} {status.st_mtime_ns}"
+
+
+def file_place(values: np.memmap) -> tuple[str, int]:
+    """The file of an array that is mapped, or of a slice of one, and the place of its first byte in the file."""
+    whole = values
+    while isinstance(whole.base, np.memmap):
+        whole = whole.base
+    return whole.filename, whole.offset + values.ctypes.data - whole.ctypes.data
 
 
 @dataclass
@@ -136,8 +229,7 @@ def fetch(name: str, download: Download, cache_dir: str | Path) -> Path:
             tell(f"downloading {download.url} to {archive}")
             torch.hub.download_url_to_file(download.url, str(archive), hash_prefix=download.sha256)
             check_md5(archive, download.md5)
-        safely = {} if archive.suffix == ".zip" else {"filter": "data"}  # zip archives are always unpacked safely
-        shutil.unpack_archive(archive, partial, **safely)
+        unpack(archive, partial)
         check_md5(partial / download.unpacked, download.unpacked_md5)
         (partial / download.unpacked).rename(target)
         partial.rmdir()
@@ -149,6 +241,21 @@ def fetch(name: str, download: Download, cache_dir: str | Path) -> Path:
             f"its content {download.unpacked} into {cache_dir}, or give the path of a copy with data.path="
         ) from None
     return target
+
+
+MAX_UNPACKED = 2**32  # bytes; a small .zip file can hold a thousand times its size
+
+
+def unpack(archive: Path, folder: Path):
+    """Unpacks a .zip or .tar.gz archive. Nothing is written outside `folder`."""
+    if archive.suffix == ".zip":  # zip archives are always unpacked safely
+        with zipfile.ZipFile(archive) as content:
+            size = sum(entry.file_size for entry in content.infolist())
+        if size > MAX_UNPACKED:
+            raise RuntimeError(f"{archive} unpacks to {size} bytes, too many for a dataset")
+        shutil.unpack_archive(archive, folder)
+    else:
+        shutil.unpack_archive(archive, folder, filter="data")
 
 
 def check_md5(file: Path, md5: str | None):
@@ -230,7 +337,7 @@ def output(folder: str | Path, name: str) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield path
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: encoders refuse some sizes and rates
         raise UserError(f"cannot write {path}: {reason(error)}") from None
     tell(f"wrote {path}")
 

@@ -36,6 +36,7 @@ from perceiver.attention import (
 # Types of config fields with their rules. config.py checks the rules when it reads a config.
 # Options marked "compatibility" exist only to run the weights of other code.
 Count = Annotated[int, "[1, inf)"]
+Layers = Annotated[int, "[1, 1000]"]  # a config of a stranger must not ask for layers without end
 Scale = Annotated[float, "(0, inf)"]
 Share = Annotated[float, "[0, 1)"]
 NgramSizes = tuple[Annotated[int, "[2, inf)"], ...]
@@ -251,10 +252,10 @@ class CrossAttentionConfig:
 
 @dataclass
 class PerceiverEncoderConfig(CrossAttentionConfig):
-    num_cross_attention_layers: Count = 1  # one before each self-attention block, from the first block on
+    num_cross_attention_layers: Layers = 1  # one before each self-attention block, from the first block on
     first_cross_attention_layer_shared: bool = False  # the first shares the weights of the others; compatibility
-    num_self_attention_blocks: Count = 1  # blocks of layers; they share their weights
-    num_self_attention_layers_per_block: Count = 6  # each with its own weights
+    num_self_attention_blocks: Layers = 1  # blocks of layers; they share their weights
+    num_self_attention_layers_per_block: Layers = 6  # each with its own weights
     first_self_attention_block_shared: bool = True  # the first shares the weights of the others
     num_self_attention_heads: Count = 8  # H
     num_self_attention_qk_channels: Count | None = None  # of queries and keys; null: channels of the latents
@@ -455,7 +456,7 @@ class PerceiverARConfig:
     num_latents: Count = 512  # N: the last N positions are latents and predict; the other T - N are the prefix
     num_channels: Count = 512  # C: of embeddings and latents
     num_heads: Count = 8  # H: in all attention layers
-    num_self_attention_layers: Annotated[int, "[0, inf)"] = 8  # on the latents, after the cross-attention
+    num_self_attention_layers: Annotated[int, "[0, 1000]"] = 8  # on the latents, after the cross-attention
     # krasserm: rotary positions, GELU, an output tied to the embeddings, few biases.
     # google: sinusoids, squared ReLU, an untied output that starts at zero, biases everywhere, a latent projection.
     architecture: Literal["krasserm", "google"] = "krasserm"

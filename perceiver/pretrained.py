@@ -15,7 +15,7 @@ from perceiver import checkpoint
 from perceiver.config import Config, from_dict
 from perceiver.data import JsonTokenizer
 from perceiver.errors import UserError, reading, reason
-from perceiver.io import import_optional
+from perceiver.io import import_optional, load_tensors
 from perceiver.tasks import TASKS, Task
 
 VARIANTS = ("deepmind", "transformers")
@@ -43,6 +43,10 @@ def load_model(source: str | Path, device="cpu", variant="deepmind") -> tuple[Ta
     Raises UserError if there is no such model, or its files are damaged.
     """
     task, state = read_trained(source, variant)
+    for value in state.values():
+        if value.nbytes > value.untyped_storage().nbytes():
+            raise UserError(f"{source} is damaged: it repeats values")
+    load_weights(task.meta_model(), state, source, assign=True)  # the config may ask for more memory than the weights take
     model = task.build_model()
     load_weights(model, state, source)
     return task, model.to(device).eval()
@@ -111,10 +115,10 @@ def shapes(state):
     return {key: value.shape for key, value in state.items()}
 
 
-def load_weights(model: nn.Module, state: dict[str, Tensor], source):
-    """`model.load_state_dict(state)`. Raises a UserError of one line, with the keys that do not fit."""
+def load_weights(model: nn.Module, state: dict[str, Tensor], source, assign=False):
+    """`model.load_state_dict(state, assign=assign)`. Raises a UserError of one line, with the keys that do not fit."""
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(state, assign=assign)
     except RuntimeError as error:
         problems = textwrap.shorten(str(error), 2000, placeholder=" ...")
         raise UserError(f"the weights in {source} do not fit the model: {problems}") from None
@@ -184,6 +188,9 @@ def read_trained(source, variant="deepmind"):
 # Published weights
 
 
+MAX_TABLES = 2**28  # bytes of computed positions; those of the official models take up to 188 million
+
+
 def read_published(path, variant):
     """The task and the state_dict of published weights. config.json describes the model; if it is missing, MODELS."""
     weights = read_weights(path)
@@ -206,6 +213,9 @@ def read_published(path, variant):
         raise UserError(f"{config_json} describes no known model: {error}") from None
 
     task = TASKS[config.task](config)
+    tables = sum(table.nbytes for table in task.meta_model().buffers())
+    if published["num_labels"] > 10**6 or tables > MAX_TABLES:
+        raise UserError(f"{config_json} describes a model that is larger than its weights")
     task.class_names = published_class_names(published)
     if config.task == "causal_lm":
         tokenizer = path.with_name("tokenizer.json")
@@ -224,7 +234,7 @@ def read_weights(path) -> dict[str, Tensor]:
                 return {key: file.get_tensor(key) for key in file.keys()}
         if not zipfile.is_zipfile(path):
             raise UserError(f"{path} is cut short or damaged, or holds no weights")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return load_tensors(path)
 
 
 def published_class_names(published) -> list[str] | None:

@@ -75,8 +75,7 @@ def peak_flops(device_name: str, bf16: bool) -> float:
 @lru_cache(maxsize=1)
 def meta_model(task: Task) -> nn.Module:
     """The task's model on the meta device."""
-    with torch.device("meta"):
-        return task.build_model().requires_grad_(False)  # the counter fails on views of tensors with gradients
+    return task.meta_model().requires_grad_(False)  # the counter fails on views of tensors with gradients
 
 
 def training_flops(task: Task, batch: dict[str, Tensor]) -> int:

@@ -517,7 +517,7 @@ def test_broken_files_are_named(dataset):
                   "training/flow_occ/000005_10.png"],
         "middlebury": ["b/frame10.png", "b/frame11.png", "../other-gt-flow/b/flow10.flo"]}[dataset.dataset]
     first, second, flow = ((root / FOLDERS[dataset.dataset] / name).resolve() for name in (first, second, flow))
-    val = load_flow(dataset, SHAPE, 0)[1]
+    val = load_flow(dataset, SHAPE, 0)[1].examples
     for file in (first, second, flow):
         content = file.read_bytes()
         for broken in (b"", b"rubbish", content[: len(content) // 2]):

@@ -28,7 +28,8 @@ def test_a_cache_is_made_once_and_whole(tmp_path):
 
     def make():
         calls.append(1)
-        return np.arange(5)
+        yield np.arange(3)
+        yield np.arange(3, 5)
 
     for _ in range(2):
         array = io.cached_array(file, make)
@@ -36,6 +37,7 @@ def test_a_cache_is_made_once_and_whole(tmp_path):
     assert calls == [1] and [path.name for path in file.parent.iterdir()] == ["array.npy"]
 
     def fail():
+        yield np.arange(3)
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError):

@@ -384,7 +384,7 @@ def test_whole_folders_are_held_out(tmp_path):
 def test_missing_data_is_one_line(tmp_path):
     (tmp_path / "one").mkdir()
     write_midi(tmp_path / "one/piece.mid", compose(0))
-    for path, reason in (("nowhere", "is not a folder"), ("one", "holds 1 MIDI files"), ("", "for train")):
+    for path, reason in (("nowhere", "is not a folder"), ("one", "holds 1 MIDI files"), ("", "no example is readable")):
         (tmp_path / "broken.mid").write_bytes(b"")
         with pytest.raises(UserError, match=reason):
             load_music(MusicDataConfig(path=str(tmp_path / path), cache_dir=str(tmp_path / "cache")))

@@ -68,7 +68,7 @@ def test_masks_are_a_function_of_seed_step_and_index():
         assert not np.array_equal(other["input_ids"], windows[3, 1]["input_ids"])
     batches = [list(train_loader(windows, TrainKeys(4, 2, ONE, 0, 2), workers)) for workers in (0, 2)]
     for a, b in zip(*batches, strict=True):
-        assert set(a) == {"input_ids", "labels"} and a["input_ids"].dtype == torch.long
+        assert set(a) == {"input_ids", "labels", "unreadable"} and a["input_ids"].dtype == torch.long
         assert all(torch.equal(a[name], b[name]) for name in a)
     whole = MaskedWindows(Tokens(words_of(66).values, 6), 64, 0.15, 0)  # windows begin at every possible place
     starts = {decode([t if n == IGNORE else n for t, n in zip(e["input_ids"], e["labels"])])

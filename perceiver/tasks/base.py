@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -25,8 +26,8 @@ from tqdm import tqdm
 from perceiver import decoding
 from perceiver.config import Config
 from perceiver.data import IGNORE, IdTokenizer, StreamDecoder, Tokenizer, Tokens, derive_seed
-from perceiver.errors import UserError, printable
-from perceiver.io import read_text, say, shorten, tell
+from perceiver.errors import UserError, printable, reason
+from perceiver.io import memory_limit, read_text, say, shorten, tell
 from perceiver.model import PerceiverARConfig, draw_prefix_keep
 
 Batch = dict[str, Tensor]
@@ -59,10 +60,21 @@ class Task(ABC):
         self.config = config
 
     def build_model(self) -> nn.Module:
+        meta = self.meta_model()
+        size = sum(tensor.nbytes for tensor in chain(meta.parameters(), meta.buffers()))
+        if size > memory_limit():
+            raise UserError(f"the model takes {size / 1e9:,.1f} GB, this machine has {memory_limit() / 1e9:,.1f} GB")
+        return self.config.model.build()
+
+    def meta_model(self) -> nn.Module:
+        """The model on the meta device: shapes without memory. Raises UserError if the config describes no model."""
         try:
-            return self.config.model.build()
+            with torch.device("meta"):
+                return self.config.model.build()
         except ValueError as error:
             raise UserError(f"model.{error}") from None
+        except (RuntimeError, OverflowError, TypeError) as error:  # a number is too large for PyTorch
+            raise UserError(f"the section model describes no model: {shorten(reason(error))}") from None
 
     def state_dict(self) -> dict:
         """The attributes that come from the data. A checkpoint keeps them, so prediction needs no data."""
@@ -85,6 +97,21 @@ class Task(ABC):
         if "correct" in sums:
             metrics["accuracy"] = sums["correct"] / sums["count"]
         return metrics
+
+    def count_loss(self, model: nn.Module, batch: Batch) -> Sums:
+        """`loss` of a batch from a loader, and the number of `unreadable` examples. Replacements do not count."""
+        sums = self.loss(model, batch)
+        if "num_readable" in batch:  # in evaluation
+            is_counted = batch["num_readable"].clamp(max=1)
+            sums = {name: is_counted * value for name, value in sums.items()}
+        return sums | {"unreadable": batch["unreadable"]}
+
+    def all_metrics(self, sums: Metrics) -> Metrics:
+        """`metrics`, and the number of unreadable examples if there are any. Raises UserError if all examples are."""
+        if sums["unreadable"] and not sums["count"]:
+            raise UserError(f"{int(sums['unreadable'])} examples are unreadable, and none is left")
+        metrics = self.metrics(sums)
+        return metrics | {"unreadable": int(sums["unreadable"])} if sums["unreadable"] else metrics
 
     def visualize(self, model: nn.Module) -> dict[str, str | Tensor | tuple[Tensor, int]]:
         """Texts, pictures (3, H, W) of uint8, and sounds (S, 1) in [-1, 1] with their sample rate, by name."""
@@ -322,11 +349,15 @@ def token_sums(logits: Tensor, labels: Tensor) -> Sums:
 
 
 def unigram_bits(train: Tokens, val_set: Dataset) -> float:
-    """The unigram baseline: mean bits per label of `val_set` under the token frequencies of the training data."""
+    """The unigram baseline: mean bits per label of `val_set` under the token frequencies of the training data.
+
+    Of a corpus of more than a billion tokens, it counts 256 blocks.
+    """
     labels = np.concatenate([val_set[index]["labels"] for index in range(len(val_set))])
     labels = labels[labels != IGNORE] - train.offset
-    size = 1 + max(labels.max(), train.values.max().astype(int))
-    counts = np.ones(size)  # start at 1: no token gets probability 0
-    for block in np.split(train.values, range(2**24, len(train), 2**24)):  # the corpus may be larger than memory
-        counts += np.bincount(block, minlength=size)
+    counts = np.ones(1 + labels.max())  # start at 1: no token gets probability 0
+    for block in train.blocks(count=256):
+        found = np.bincount(block)
+        counts = np.pad(counts, (0, max(0, len(found) - len(counts))), constant_values=1)
+        counts[: len(found)] += found
     return -np.log2(counts / counts.sum())[labels].mean()

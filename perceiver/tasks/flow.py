@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
-from torchvision.io import decode_image
 from torchvision.transforms import v2
 from torchvision.utils import flow_to_image
 from tqdm import tqdm
@@ -24,7 +24,7 @@ from tqdm import tqdm
 from perceiver import pictures
 from perceiver.adapters import FourierPositions, InputAdapter, InputQueries, LinearOutput
 from perceiver.config import Count, Positive
-from perceiver.data import LoaderConfig, Shuffled, hold_out_folders, read_image
+from perceiver.data import LoaderConfig, Readable, Shuffled, check_pixels, hold_out_folders, open_image, read_image
 from perceiver.errors import UserError, reading
 from perceiver.io import output, progress, read_bytes, report, save_picture, tell
 from perceiver.model import PerceiverDecoder, PerceiverIO, PerceiverIOConfig, init_weights
@@ -266,10 +266,24 @@ def load_flow(config: FlowDataConfig, frame_shape, seed):
     train_set = FlowFiles(train, v2.Compose(transforms), config.num_image_queries)
     val_shape = frame_shape
     if config.eval_whole:
-        shapes = [read_frame(first).shape[1:] for first, *_ in val]
-        val_shape = np.min(shapes, axis=0).tolist()
-    val_set = FlowFiles(val, v2.CenterCrop(val_shape))
+        val_shape = smallest_frame([first for first, *_ in val])
+    train_set = Readable(train_set, config.max_unreadable)
+    val_set = Readable(FlowFiles(val, v2.CenterCrop(val_shape)), config.max_unreadable)
     return Shuffled(train_set, config.batch_size, seed), val_set
+
+
+def smallest_frame(files):
+    """The smallest height and the smallest width of image files. Ignores unreadable files, unless all are."""
+    shapes = []
+    for file in files:
+        try:
+            with open_image(file) as image:
+                shapes.append((image.height, image.width))
+        except UserError as error:
+            problem = error
+    if not shapes:
+        raise problem
+    return np.min(shapes, axis=0).tolist()
 
 
 def make_example(frames, flow, valid, num_queries, permutation):
@@ -513,7 +527,7 @@ def read_flow(file: Path) -> Tensor:
     """
     with reading(file):
         if file.suffix == ".png":
-            values = decode_image(str(file)).float()  # 16-bit values
+            values = read_png16(file).float()
             flow = (values[:2] - 2**15) / 64  # as in KITTI's development kit
             valid = values[2] > 0
         else:
@@ -522,6 +536,24 @@ def read_flow(file: Path) -> Tensor:
             flow = values[3:].view(height, width, 2).movedim(-1, 0)
             valid = (flow.abs() < 1e9).all(0)
         return torch.cat((flow.where(valid, 0.0), valid[None]))
+
+
+def read_png16(file) -> Tensor:
+    """The values (3, H, W) of a PNG file with 16-bit colors. Raises ValueError if it has other pixels.
+
+    Pillow keeps only the first byte of such a value. Read as little-endian, the first byte is the low one.
+    """
+    parts = []
+    for order in ("RGB;16B", "RGB;16L"):
+        with Image.open(file, formats=["PNG"]) as image:
+            check_pixels(image)
+            (tile,) = image.tile
+            if tile[3] != "RGB;16B":
+                raise ValueError(f"its pixels are {tile[3]}; they must be RGB with 16 bits per color")
+            image.tile = [(*tile[:3], order)]
+            parts.append(np.asarray(image).astype(np.int32))
+    high, low = parts
+    return torch.from_numpy(256 * high + low).movedim(-1, 0)
 
 
 def write_flo(file, flow):
@@ -599,6 +631,8 @@ class OpticalFlow(Task):
             frames = torch.stack(images).to(device)
             flow = self.flow(model, frames[None])[0].cpu()
             name = names[0]
+            if not flow.isfinite().all():
+                raise UserError(f"{name}: the flow has values that are not finite; the model's weights are damaged")
             longest = flow.norm(dim=-1).max().item()
             tell(f"{name}: the longest motion is {longest:.1f} pixels")
             files = [Path(args.out) / f"{name}-flow.png"]

@@ -1,6 +1,7 @@
 """Images: Perceiver and Perceiver IO classify them, and Perceiver AR generates them value by value."""
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,9 +23,11 @@ from perceiver.config import Count, NonNegative, NonNegativeInt, Positive, Proba
 from perceiver.data import (
     LabelledConfig,
     LabelledImages,
+    Readable,
     Shuffled,
     TextBlocks,
     Tokens,
+    file_array,
     labelled_files,
     left_padded,
     load_labelled_images,
@@ -232,7 +235,7 @@ class Images(Dataset):
         if isinstance(image, np.ndarray):
             image = to_channels(Image.fromarray(image), self.channels)
         else:
-            image = read_image(image, self.channels)
+            image = read_image(os.fsdecode(image), self.channels)
         return {"image": self.transform(image), "label": int(self.labels[index])}
 
 
@@ -255,16 +258,17 @@ def load_images(config, image_shape):
     channels = image_shape[2]
     train_images = Images(train, config.transform(image_shape, train=True), channels)
     val_images = Images(val, config.transform(image_shape), channels)
-    return train_images, val_images, note
+    return Readable(train_images, config.max_unreadable), Readable(val_images, config.max_unreadable), note
 
 
 def list_files(classes):
     """The files of the dict `classes`, class name to files, with their labels."""
     images, labels = [], []
     for label, files in enumerate(classes.values()):
-        images += map(str, files)
+        images += files
         labels += [label] * len(files)
-    return LabelledImages(np.array(images), labels, list(classes))  # workers would copy a list
+    # Workers would copy lists, element by element.
+    return LabelledImages(file_array(images), np.array(labels), list(classes))
 
 
 def image_files(inputs):

@@ -9,6 +9,7 @@ The 388 events are those of Performance RNN, as in the Perceiver AR paper (secti
 
 import csv
 import math
+import os
 from collections import defaultdict, deque
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
@@ -28,6 +29,7 @@ from perceiver.data import (
     TextBlocks,
     TextWindows,
     Tokens,
+    check_unreadable,
     hold_out_folders,
     left_padded,
     own_process_group,
@@ -43,6 +45,7 @@ from perceiver.io import (
     output_files,
     report,
     save_picture,
+    stamp,
     tell,
     visible_files,
 )
@@ -54,6 +57,7 @@ STEPS_PER_SECOND = 100
 MIDI_ENDINGS = ".mid", ".midi"
 SUSTAIN_PEDAL = 64  # MIDI controller number
 DRUMS = 9  # the drum channel, which General MIDI calls 10
+MAX_BYTES = 2**21  # a message of two bytes takes a kilobyte of memory
 MAX_SECONDS = 86_400  # a damaged file of a kilobyte can last for years: millions of events
 
 
@@ -125,6 +129,8 @@ def midi_messages(file):
     """
     mido = import_optional("mido", "reading MIDI files")
     with reading(file):
+        if os.path.getsize(file) > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES} bytes, too many for a piece")
         midi = mido.MidiFile(file)
         if midi.type == 2:
             raise ValueError("its tracks are not simultaneous (MIDI type 2)")
@@ -341,15 +347,12 @@ def load_events(folder, part, files, config):
 
     Leaves out files that cannot be read, and prints the reason to stderr.
     """
-    stamps = []
-    for file in files:
-        with reading(file):
-            stat = file.stat()
-        stamps.append(f"{file.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}")
-    cache = Path(config.cache_dir) / f"{folder.name}-{part}-{digest(*stamps)}.npy"
+    cache = Path(config.cache_dir) / f"{folder.name}-{part}-{digest(*map(stamp, files))}.npy"
 
     def encode_files():
         import_optional("mido", "reading MIDI files")
+        if not files:
+            raise UserError(f"{folder} holds no MIDI file for {part}")
         loader = DataLoader(
             files,
             batch_size=None,
@@ -357,15 +360,14 @@ def load_events(folder, part, files, config):
             num_workers=config.num_workers,
             worker_init_fn=own_process_group,
         )
-        pieces = []
+        num_unreadable = 0
         for piece in tqdm(loader, f"encoding {folder.name}, {part}", unit=" files"):
             if isinstance(piece, str):
+                num_unreadable += 1
+                check_unreadable(num_unreadable, len(files), config.max_unreadable, piece)
                 tell(f"left out: {piece}")
             else:
-                pieces.append(piece)
-        if not pieces:
-            raise UserError(f"{folder} holds no readable MIDI file for {part}")
-        return join_pieces(pieces)
+                yield join_pieces([piece])
 
     return Tokens(cached_array(cache, encode_files))
 

@@ -3,7 +3,9 @@
 import gzip
 import lzma
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from perceiver import decoding
@@ -21,6 +23,7 @@ from perceiver.data import (
     tokenizer_state,
 )
 from perceiver.errors import UserError
+from perceiver.io import cached_array, digest
 from perceiver.tasks.base import Autoregression
 
 
@@ -70,7 +73,7 @@ class CausalLM(Autoregression):
 
         if corpus.holds_ids:
             for tokens in (train, self.val_tokens):
-                check_ids(tokens, model.vocab_size, data.path)
+                check_ids(tokens, model.vocab_size, data)
         else:
             text = self.val_tokens.values
             if data.tokenizer is not None:
@@ -140,10 +143,24 @@ class RandomLengths(Dataset):
         return example | {"input_ids": example["input_ids"][-length:]}
 
 
-def check_ids(tokens, vocab_size, path):
-    """Raises UserError if a token id of the corpus is outside the model's vocabulary."""
-    for token in tokens.values.min(), tokens.values.max():
+def check_ids(tokens, vocab_size, data):
+    """Raises UserError if a token id of the corpus is outside the model's vocabulary.
+
+    `cache_dir` keeps the range of a large corpus.
+    """
+    if len(tokens) > 2**26:
+        file = Path(data.cache_dir) / f"range-{digest(tokens.values)}.npy"
+        ends = cached_array(file, lambda: [id_range(tokens)])
+    else:
+        ends = id_range(tokens)
+    for token in ends:
         if not 0 <= token < vocab_size:
             raise UserError(
-                f"data.path={path} holds token {token}, outside the vocabulary: model.vocab_size is {vocab_size}"
+                f"data.path={data.path} holds token {token}, outside the vocabulary: model.vocab_size is {vocab_size}"
             )
+
+
+def id_range(tokens):
+    """The smallest and the largest token id of a corpus."""
+    lows, highs = zip(*((block.min(), block.max()) for block in tokens.blocks()))
+    return np.array([min(lows), max(highs)], np.int64)

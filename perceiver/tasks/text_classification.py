@@ -17,6 +17,7 @@ from perceiver.data import (
     STDLIB,
     ByteTokenizer,
     LabelledConfig,
+    check_unreadable,
     find_source,
     pad_right,
     split_classes,
@@ -111,7 +112,7 @@ def read_table(config, file) -> ClassTexts:
     separators = {".csv": ",", ".tsv": "\t"}
     with reading(file), open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
         if file.suffix == ".jsonl":
-            rows = [json.loads(line) for line in lines if line.strip()]
+            rows = [read_row(line) for line in lines if line.strip()]
         elif file.suffix in separators:
             csv.field_size_limit(2**30)
             rows = list(csv.DictReader(lines, delimiter=separators[file.suffix]))
@@ -119,18 +120,41 @@ def read_table(config, file) -> ClassTexts:
             raise UserError(f"data.path={file} must be a folder or end in .csv, .tsv or .jsonl")
     classes = defaultdict(list)
     columns = config.text_column, config.label_column
+    num_unreadable = 0
     for number, row in enumerate(rows, 1):
-        for column in columns:
-            if row.get(column) is None:
-                raise UserError(
-                    f"{file}: row {number} has no {column}, only {', '.join(map(str, row))}; "
-                    "set data.text_column and data.label_column"
-                )
+        missing = [column for column in columns if row.get(column) is None]
+        if missing:
+            names = shorten(", ".join(map(str, row)))
+            advice = "set data.text_column and data.label_column"
+            error = f"{file}: row {number} has no {missing[0]}, only {names}; {advice}"
+            if not row:
+                error = f"cannot read {file}: row {number} is no JSON object"
+            num_unreadable += 1
+            check_unreadable(num_unreadable, len(rows), config.max_unreadable, error)
+            tell(f"left out: {error}")
+            continue
         text, label = (str(row[column]) for column in columns)
-        classes[label].append(text.encode("utf-8", "surrogateescape"))
+        classes[label].append(to_bytes(text))
     if len(classes) < 2:
         raise UserError(f"{file} has {len(classes)} classes in column {config.label_column}; it needs two or more")
     return dict(sorted(classes.items()))
+
+
+def to_bytes(text):
+    """UTF-8, in which surrogates stand for bytes that are not UTF-8. Others, from a .jsonl file, become "?"."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace")
+
+
+def read_row(line) -> dict:
+    """The row in a line of a .jsonl file; empty if there is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def stdlib_packages(folder):

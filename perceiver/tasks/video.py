@@ -4,6 +4,7 @@ Shapes: B clips, T frames, H x W pixels, S sound samples; M inputs, C channels a
 """
 
 import math
+import os
 import wave
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from perceiver.adapters import (
     VectorInput,
 )
 from perceiver.config import Count, NonNegative, Probability
-from perceiver.data import LabelledConfig, Shuffled, labelled_files
+from perceiver.data import LabelledConfig, Readable, Shuffled, file_array, labelled_files
 from perceiver.errors import UserError, reading
 from perceiver.io import import_optional, input_files, output, progress, save_picture, tell
 from perceiver.model import PerceiverDecoder, PerceiverIO, PerceiverIOConfig
@@ -195,7 +196,9 @@ def load_clips(config: VideoDataConfig, clip: VideoInputConfig):
         return GeneratedClips(clip, 2**20, part=0), GeneratedClips(clip, config.val_size, part=1), ""
     import_av()
     train, val, note = labelled_files(Path(config.path), SUFFIXES, config)
-    return VideoFiles(train, clip, config.allow_silent, random=True), VideoFiles(val, clip, config.allow_silent), note
+    train_clips = VideoFiles(train, clip, config.allow_silent, random=True)
+    val_clips = VideoFiles(val, clip, config.allow_silent)
+    return Readable(train_clips, config.max_unreadable), Readable(val_clips, config.max_unreadable), note
 
 
 @dataclass
@@ -308,6 +311,9 @@ def interval_centers(count):
 # Video files. The package av decodes and encodes them
 
 SUFFIXES = (".mp4", ".avi", ".m4v", ".mkv", ".mov", ".mpeg", ".mpg", ".webm")
+# The formats of these files. FFmpeg knows others, such as playlists, that make it open files and addresses in a file.
+DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,avi,matroska,webm,mpeg,mpegts,mpegvideo,h264,m4v,ogg,asf,flv"
+MAX_PIXELS = 2**25  # of a frame; a file of a few bytes can declare any size
 TIME_UNITS = 1_000_000  # per second: a container counts time in microseconds
 
 
@@ -315,23 +321,24 @@ TIME_UNITS = 1_000_000  # per second: a container counts time in microseconds
 class VideoFiles(Dataset):
     """One clip of each video file: its middle, or, with `random`, a part that PyTorch's generator draws."""
 
-    files: dict[str, list[Path]]  # by class
+    files: dict[str, list[Path]]  # by class; later their `file_array`
     clip: VideoInputConfig
     allow_silent: bool
     random: bool = False
 
     def __post_init__(self):
         self.class_names = list(self.files)
-        self.examples = [(file, label) for label, files in enumerate(self.files.values()) for file in files]
+        sizes = [len(files) for files in self.files.values()]
+        self.labels = np.repeat(np.arange(len(sizes)), sizes)
+        self.files = file_array(list(chain(*self.files.values())))  # workers would copy a list, element by element
 
     def __len__(self):
-        return len(self.examples)
+        return len(self.labels)
 
     def __getitem__(self, index):
-        file, label = self.examples[index]
         place = torch.rand(()).item() if self.random else 0.5
-        image, audio = read_video(file, self.clip, place, self.allow_silent)
-        return {"image": image, "audio": audio, "label": label}
+        image, audio = read_video(os.fsdecode(self.files[index]), self.clip, place, self.allow_silent)
+        return {"image": image, "audio": audio, "label": int(self.labels[index])}
 
 
 def import_av():
@@ -341,9 +348,14 @@ def import_av():
 @contextmanager
 def open_video(file):
     """Yields the container of a video file. Raises UserError if the file is broken or is no video."""
-    with reading(file), import_av().open(file) as container:
+    options = {"format_whitelist": DEMUXERS}
+    with reading(file), import_av().open(str(file), options=options) as container:
         if not container.streams.video:
             raise ValueError("it has no frames")
+        stream = container.streams.video[0]
+        if stream.width * stream.height > MAX_PIXELS:
+            raise ValueError(f"its frames have {stream.width} x {stream.height} pixels, more than {MAX_PIXELS}")
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # later frames may be larger
         yield container
 
 
@@ -432,13 +444,16 @@ def read_audio(container, start, clip):
         return torch.zeros(num_samples, 1)
     resampler = import_av().AudioResampler(format="fltp", rate=clip.sample_rate)
     offset = round(((first.time or 0.0) - start) * clip.sample_rate)  # samples from `start` to the first one
-    sound = np.zeros(0, np.float32)
+    offset = min(offset, num_samples)
+    parts = []
+    length = 0
     for frame in chain([first], frames, [None]):  # None flushes the resampler
         for resampled in resampler.resample(frame):
-            channels = resampled.to_ndarray()
-            sound = np.append(sound, channels.mean(0))
-        if offset + len(sound) >= num_samples:
+            parts.append(resampled.to_ndarray().mean(0))
+            length += len(parts[-1])
+        if offset + length >= num_samples:
             break
+    sound = np.concatenate(parts) if parts else np.zeros(0, np.float32)
     sound = np.pad(sound[max(0, -offset) :], (max(0, offset), num_samples))
     return torch.from_numpy(sound[:num_samples, None])
 
