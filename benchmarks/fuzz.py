@@ -32,21 +32,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np
-import torch
-from PIL import Image
-from safetensors import safe_open
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 
-import generate
-import predict
-import train
-from perceiver import checkpoint
-from perceiver.config import from_dict, load_config, to_dict
-from perceiver.distributed import Ranks
-from perceiver.errors import run_script
-from perceiver.tasks import TASKS
-from perceiver.tasks.music import compose, write_midi
-from perceiver.tasks.video import write_video
+import generate  # noqa: E402
+import predict  # noqa: E402
+import train  # noqa: E402
+from perceiver import checkpoint  # noqa: E402
+from perceiver.config import from_dict, load_config, to_dict  # noqa: E402
+from perceiver.distributed import Ranks  # noqa: E402
+from perceiver.errors import run_script  # noqa: E402
+from perceiver.tasks import TASKS  # noqa: E402
+from perceiver.tasks.music import compose, write_midi  # noqa: E402
+from perceiver.tasks.video import write_video  # noqa: E402
 
 SECONDS = 30
 MEMORY = 2**31  # bytes

@@ -209,8 +209,8 @@ def eval_loader(dataset: Dataset, batch_size: int, ranks: Ranks, num_workers: in
 
 
 def make_loader(dataset, ranks, num_workers, **batches):
-    # Forked workers share the memory of their parent. Other start methods pickle the dataset for each worker; of a mapped
-    # corpus, that is the name of its file.
+    # Forked workers share the memory of their parent. Other start methods pickle the dataset for each worker. Of a
+    # mapped corpus, they pickle the name of its file.
     fork = num_workers > 0 and sys.platform == "linux"
     return DataLoader(
         Marked(dataset),

@@ -7,7 +7,6 @@ import textwrap
 import zipfile
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights
 
@@ -46,7 +45,8 @@ def load_model(source: str | Path, device="cpu", variant="deepmind") -> tuple[Ta
     for value in state.values():
         if value.nbytes > value.untyped_storage().nbytes():
             raise UserError(f"{source} is damaged: it repeats values")
-    load_weights(task.meta_model(), state, source, assign=True)  # the config may ask for more memory than the weights take
+    # First without memory: the config may ask for more memory than the weights take.
+    load_weights(task.meta_model(), state, source, assign=True)
     model = task.build_model()
     load_weights(model, state, source)
     return task, model.to(device).eval()
