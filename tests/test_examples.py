@@ -1,6 +1,7 @@
 """examples/: every notebook runs from top to bottom, and is stored with its outputs."""
 import base64
 import os
+import re
 
 import nbformat
 import pytest
@@ -18,10 +19,11 @@ def code_cells(book):
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(notebook, monkeypatch):
+def test_notebook_runs(notebook, monkeypatch, tmp_path):
     """It needs no network, raises no error, gives as many pictures as are stored, and leaves no file behind."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     files = set(os.listdir(EXAMPLES))
     book = nbformat.read(notebook, as_version=4)
     stored = count_pictures(book)
@@ -50,6 +52,11 @@ def test_stored_notebook(notebook):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
     assert notebook.name in (EXAMPLES / "README.md").read_text()
+    text = "\n".join(cell.source for cell in book.cells)
+    for name in re.findall(r"\]\(([\w./-]+)\)", text):
+        assert (EXAMPLES / name).exists(), name
+    for name in re.findall(r"`[^`\n]*?(configs/[\w./-]+|perceiver/[\w./-]+)", text):
+        assert (ROOT / name).exists(), name
 
 
 def test_notebooks_are_small():
