@@ -314,7 +314,7 @@ class PerceiverEncoder(nn.Module):
         """x (B, M, C) -> latents (B, N, D). `pad_mask` (B, M) is true at inputs to ignore."""
         c = self.config
         mask = mask_of_padding(pad_mask)
-        latents = self.latents.weight.expand(len(x), -1, -1)  # (B, N, D)
+        latents = self.latents.weight.expand(x.shape[0], -1, -1)  # (B, N, D)
         shared_from = len(self.cross_attention) - 1  # from this cross-attention on, all have the same weights
         keys_values = x
         for i in range(c.num_self_attention_blocks):
@@ -593,7 +593,7 @@ class PerceiverAR(nn.Module):
         Raises ValueError if M exceeds max_seq_len or num_latents is not between 1 and min(M, N).
         """
         c = self.config
-        batch_size = len(input_ids)
+        batch_size = input_ids.shape[0]
         length = step.positions.shape[1] if step else input_ids.shape[1]
         max_latents = min(length, c.num_latents)
         if num_latents is None:
