@@ -31,7 +31,7 @@ def grid_positions(grid: Grid, device=None) -> Tensor:
 
 
 def fourier_features(positions: Tensor, num_bands: int, max_resolution: Grid) -> Tensor:
-    """Fourier features (M, d * (2K + 1)) of positions (M, d) in [-1, 1]: the positions, sin(pi f p), cos(pi f p).
+    """Fourier features (..., d * (2K + 1)) of positions (..., d) in [-1, 1]: the positions, sin(pi f p), cos(pi f p).
 
     The K frequencies f of a dimension are spaced linearly from 1 to its Nyquist frequency, half of `max_resolution`.
     All sines come before all cosines; within each, the dimensions follow one another (Perceiver, appendix D; DeepMind's
@@ -40,7 +40,7 @@ def fourier_features(positions: Tensor, num_bands: int, max_resolution: Grid) ->
     bands = []
     for resolution in max_resolution:
         bands.append(torch.linspace(1.0, resolution / 2, num_bands, device=positions.device))
-    angles = positions[..., None] * torch.stack(bands)  # (M, d, K)
+    angles = positions[..., None] * torch.stack(bands)  # (..., d, K)
     angles = math.pi * angles.flatten(-2)
     return torch.cat((positions, angles.sin(), angles.cos()), dim=-1)
 

@@ -98,7 +98,9 @@ class CachedStep(nn.Module):
         super().__init__()
         self.model = model
         if model.config.latent_keys != "kv_norm":
-            raise UserError("--step needs a model with latent_keys=kv_norm: here, a prefix token is no latent")
+            raise UserError(f"--step needs model.latent_keys=kv_norm, not {model.config.latent_keys}")
+        if not len(model.self_attention):
+            raise UserError("--step needs a model with self-attention layers; num_self_attention_layers is 0")
 
     def forward(
         self,
@@ -109,23 +111,24 @@ class CachedStep(nn.Module):
         cross_values: Tensor,
         self_keys: Tensor,
         self_values: Tensor,
-    ) -> tuple[Tensor, ...]:
+    ) -> dict[str, Tensor]:
         """tokens          (B, R), the newest token and the R - 1 tokens before it, which n-grams need; 0 where there are none
         position, latent  (B,), the number of the newest token in the window, and among the latents
         cross_*           keys (B, H, T, C/H) and values (B, H, C/H, T) of the cross-attention; zeros at the start
         self_*            keys (B, L, H, N, C/H) and values (B, L, H, C/H, N) of the L self-attention layers
 
-        Returns logits (B, V) and the four arrays of the cache.
+        Returns logits (B, V) and the four arrays of the cache, with new_ before their names.
         """
-        cross = [cross_keys.clone(), cross_values.clone()]
-        layers = [self_keys.clone(), self_values.clone()]
-        step = DecodingStep(
-            position[:, None],
-            layer_cache(*cross, position),
-            [layer_cache(*buffers, latent) for buffers in zip(*(array.unbind(1) for array in layers))],
-        )
-        logits = self.model(tokens, step=step)[:, -1]
-        return logits, *cross, *layers
+        cross = layer_cache(cross_keys, cross_values, position)
+        layers = [layer_cache(*buffers, latent) for buffers in zip(self_keys.unbind(1), self_values.unbind(1))]
+        logits = self.model(tokens, step=DecodingStep(position[:, None], cross, layers))
+        return {
+            "logits": logits[:, -1],
+            "new_cross_keys": cross.keys,
+            "new_cross_values": cross.values,
+            "new_self_keys": torch.stack([layer.keys for layer in layers], dim=1),
+            "new_self_values": torch.stack([layer.values for layer in layers], dim=1),
+        }
 
     def example_inputs(self, batch_size=2) -> Inputs:
         """Random inputs, in the middle of a sequence."""
@@ -145,12 +148,12 @@ class CachedStep(nn.Module):
 
 
 def layer_cache(keys: Tensor, values: Tensor, place: Tensor) -> LayerCache:
-    """The cache of a layer for a step whose key of row b goes to place[b]."""
+    """A copy of the cache of a layer, for a step whose key of row b goes to place[b]."""
     rows = torch.arange(keys.shape[0])[:, None]
     size = keys.shape[2]
     unused = torch.arange(size) > place[:, None]
     bias = torch.where(unused, -torch.inf, 0.0)
-    return LayerCache(keys, values, at=(rows, place[:, None]), num_read=size, bias=bias[:, None])
+    return LayerCache(keys.clone(), values.clone(), at=(rows, place[:, None]), num_read=size, bias=bias[:, None])
 
 
 # ----------------------------------------------------------------------------------------------------------------------

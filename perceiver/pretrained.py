@@ -205,18 +205,17 @@ def read_published(path, variant):
     weights = read_weights(path)
     markers = [key for key in MODELS if key in weights]
     config_json = path.with_name("config.json")
-    given = None
+    published = None
     if config_json.exists():
         with reading(config_json):
-            given = json.loads(config_json.read_bytes())
-    if given and OURS in given:
-        with reading(config_json):
-            task = saved_task(given[OURS])
-        return task, renamed(weights) if markers else weights
+            published = DEFAULTS | json.loads(config_json.read_bytes())
+            if OURS in published:
+                return saved_task(published[OURS]), renamed(weights) if markers else weights
     if not markers:
         raise UserError(f"{path} holds no weights of a known model")
     make_config, official = MODELS[markers[0]]
-    published = DEFAULTS | (official if given is None else given)
+    if published is None:
+        published = DEFAULTS | official
     if published["id2label"]:
         published["num_labels"] = len(published["id2label"])
     try:
