@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
 from perceiver.attention import LayerCache
 from perceiver.errors import UserError, run_script
@@ -112,10 +112,11 @@ class CachedStep(nn.Module):
         self_keys: Tensor,
         self_values: Tensor,
     ) -> dict[str, Tensor]:
-        """tokens          (B, R), the newest token and the R - 1 tokens before it, which n-grams need; 0 where there are none
-        position, latent  (B,), the number of the newest token in the window, and among the latents
-        cross_*           keys (B, H, T, C/H) and values (B, H, C/H, T) of the cross-attention; zeros at the start
-        self_*            keys (B, L, H, N, C/H) and values (B, L, H, C/H, N) of the L self-attention layers
+        """tokens    (B, R), the newest token and the R - 1 before it, which n-grams need; 0 where there are none
+        position  (B,), the number of the newest token in its window, from 0
+        latent    (B,), its number among the latents, from 0
+        cross_*   keys (B, H, T, C/H) and values (B, H, C/H, T) of the cross-attention; zeros at the start
+        self_*    keys (B, L, H, N, C/H) and values (B, L, H, C/H, N) of the L self-attention layers
 
         Returns logits (B, V) and the four arrays of the cache, with new_ before their names.
         """
