@@ -55,7 +55,7 @@ def publish(task: Task, model: nn.Module, folder: Path) -> str:
         state = port_state(state, kind)
         note = f"transformers.{ARCHITECTURES[kind]}.from_pretrained loads them, too"
         if variant == "deepmind":
-            note += ", but its results differ a little: it computes this kind with other padding or another residual"
+            note += ", but it computes this kind with other padding or another residual, so its outputs differ"
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(config_json, indent=2) + "\n")
