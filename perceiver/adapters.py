@@ -31,7 +31,7 @@ def grid_positions(grid: Grid, device=None) -> Tensor:
 
 
 def fourier_features(positions: Tensor, num_bands: int, max_resolution: Grid) -> Tensor:
-    """Fourier features (M, d * (2K + 1)) of positions (M, d) in [-1, 1]: the positions, sin(pi f p), cos(pi f p).
+    """Fourier features (..., d * (2K + 1)) of positions (..., d) in [-1, 1]: the positions, sin(pi f p), cos(pi f p).
 
     The K frequencies f of a dimension are spaced linearly from 1 to its Nyquist frequency, half of `max_resolution`.
     All sines come before all cosines; within each, the dimensions follow one another (Perceiver, appendix D; DeepMind's
@@ -40,7 +40,7 @@ def fourier_features(positions: Tensor, num_bands: int, max_resolution: Grid) ->
     bands = []
     for resolution in max_resolution:
         bands.append(torch.linspace(1.0, resolution / 2, num_bands, device=positions.device))
-    angles = positions[..., None] * torch.stack(bands)  # (M, d, K)
+    angles = positions[..., None] * torch.stack(bands)  # (..., d, K)
     angles = math.pi * angles.flatten(-2)
     return torch.cat((positions, angles.sin(), angles.cos()), dim=-1)
 
@@ -187,7 +187,7 @@ class TrainableQueries(nn.Module):
             queries = queries[: x.shape[1]]
         if output_positions is not None:
             queries = queries[output_positions]  # (O', F) or (B, O', F)
-        return queries.expand(len(x), -1, -1)
+        return queries.expand(x.shape[0], -1, -1)
 
 
 class InputQueries(nn.Module):
@@ -196,7 +196,7 @@ class InputQueries(nn.Module):
     def forward(self, x: Tensor, output_positions: Tensor | None = None) -> Tensor:
         if output_positions is None:
             return x
-        examples = torch.arange(len(x), device=x.device)[:, None]
+        examples = torch.arange(x.shape[0], device=x.device)[:, None]
         return x[examples, output_positions]  # (B, O', C)
 
 
@@ -222,7 +222,7 @@ class FourierQueries(nn.Module):
         positions = [-1 + 2 * points / size for points, size in zip(coordinates, self.grid)]
         positions = torch.stack(positions, dim=-1)  # (..., O', d)
         queries = fourier_features(positions, self.num_bands, self.max_resolution)
-        return queries.to(x.dtype).expand(len(x), -1, -1)
+        return queries.to(x.dtype).expand(x.shape[0], -1, -1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ class GridOutput(LinearOutput):
 
     def join(self, x: Tensor) -> Tensor:
         """Values of all queries (B, O, E) -> (B, *shape), with the channels moved to `channel_dim`."""
-        whole = x.reshape(len(x), *self.shape)
+        whole = x.reshape(-1, *self.shape)
         return whole.movedim(-1, self.channel_dim)
 
 

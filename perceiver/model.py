@@ -295,11 +295,12 @@ class PerceiverEncoder(nn.Module):
     """
 
     def __init__(
-        self, config: PerceiverEncoderConfig, num_latents: int, num_latent_channels: int, num_input_channels: int
+        self, config: PerceiverEncoderConfig, num_latents: int | None, num_latent_channels: int, num_input_channels: int
     ):
+        """num_latents=None: no learned latents; each call of `forward` gets its own."""
         super().__init__()
         self.config = c = config
-        self.latents = nn.Embedding(num_latents, num_latent_channels)
+        self.latents = nn.Embedding(num_latents, num_latent_channels) if num_latents else None
         # Each list holds the weights of the first cross-attention or block, then those of all others if they differ.
         num_layers = 1 if c.first_cross_attention_layer_shared else min(c.num_cross_attention_layers, 2)
         self.cross_attention = nn.ModuleList(
@@ -310,11 +311,15 @@ class PerceiverEncoder(nn.Module):
         self.self_attention = nn.ModuleList(c.self_attention_block(num_latent_channels) for _ in range(num_blocks))
         init_weights(self, c.init_scale)
 
-    def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
-        """x (B, M, C) -> latents (B, N, D). `pad_mask` (B, M) is true at inputs to ignore."""
+    def forward(self, x: Tensor, pad_mask: Tensor | None = None, latents: Tensor | None = None) -> Tensor:
+        """x (B, M, C) -> latents (B, N, D). `pad_mask` (B, M) is true at inputs to ignore.
+
+        `latents` (B, N, D), computed by another network, replace the learned ones.
+        """
         c = self.config
         mask = mask_of_padding(pad_mask)
-        latents = self.latents.weight.expand(len(x), -1, -1)  # (B, N, D)
+        if latents is None:
+            latents = self.latents.weight.expand(x.shape[0], -1, -1)
         shared_from = len(self.cross_attention) - 1  # from this cross-attention on, all have the same weights
         keys_values = x
         for i in range(c.num_self_attention_blocks):
@@ -593,7 +598,7 @@ class PerceiverAR(nn.Module):
         Raises ValueError if M exceeds max_seq_len or num_latents is not between 1 and min(M, N).
         """
         c = self.config
-        batch_size = len(input_ids)
+        batch_size = input_ids.shape[0]
         length = step.positions.shape[1] if step else input_ids.shape[1]
         max_latents = min(length, c.num_latents)
         if num_latents is None:

@@ -19,6 +19,7 @@ from perceiver.tasks import TASKS, Task
 
 VARIANTS = ("deepmind", "transformers")
 WEIGHTS = ("pytorch_model.bin", "model.safetensors")
+OURS = "perceiver_torch"  # the key of our config and task in a config.json that publish.py wrote
 FILES = (checkpoint.BEST, checkpoint.LAST, *WEIGHTS)  # to load from a folder, the first that exists
 
 
@@ -178,10 +179,15 @@ def read_trained(source, variant="deepmind"):
     if path.suffix in (".bin", ".safetensors"):
         return read_published(path, variant)
     saved = checkpoint.load(path)
+    return saved_task(saved), saved["model"]
+
+
+def saved_task(saved: dict) -> Task:
+    """The task in a checkpoint, from its entries `config` and `task`."""
     config = from_dict(saved["config"], TASKS)
     task = TASKS[config.task](config)
     task.load_state_dict(saved["task"])
-    return task, saved["model"]
+    return task
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -192,17 +198,24 @@ MAX_TABLES = 2**28  # bytes of computed positions; those of the official models 
 
 
 def read_published(path, variant):
-    """The task and the state_dict of published weights. config.json describes the model; if it is missing, MODELS."""
+    """The task and the state_dict of published weights. config.json describes the model; if it is missing, MODELS.
+
+    A config.json that publish.py wrote holds our config, too. `variant` does not matter then.
+    """
     weights = read_weights(path)
     markers = [key for key in MODELS if key in weights]
-    if not markers:
-        raise UserError(f"{path} holds no weights of a known model")
-    make_config, official = MODELS[markers[0]]
     config_json = path.with_name("config.json")
-    published = DEFAULTS | official
+    published = None
     if config_json.exists():
         with reading(config_json):
             published = DEFAULTS | json.loads(config_json.read_bytes())
+            if OURS in published:
+                return saved_task(published[OURS]), renamed(weights) if markers else weights
+    if not markers:
+        raise UserError(f"{path} holds no weights of a known model")
+    make_config, official = MODELS[markers[0]]
+    if published is None:
+        published = DEFAULTS | official
     if published["id2label"]:
         published["num_labels"] = len(published["id2label"])
     try:
@@ -220,9 +233,7 @@ def read_published(path, variant):
     if config.task == "causal_lm":
         tokenizer = path.with_name("tokenizer.json")
         task.tokenizer = JsonTokenizer.read(tokenizer) if tokenizer.exists() else None
-    state = {rename_key(key): value for key, value in weights.items()}
-    state.pop("", None)
-    return task, state
+    return task, renamed(weights)
 
 
 def read_weights(path) -> dict[str, Tensor]:
@@ -246,16 +257,22 @@ def published_class_names(published) -> list[str] | None:
     return ResNet50_Weights.DEFAULT.meta["categories"] if len(names) == 1000 else None
 
 
+def renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Published weights under our names, without those that our model does not have."""
+    state = {rename_key(key): value for key, value in weights.items()}
+    state.pop("", None)
+    return state
+
+
 def rename_key(key: str) -> str:
     """Our name for a published weight, or "" if our model has no such weight."""
-    for theirs, ours in KEYS.items():
+    for theirs, ours in (KRASSERM_KEYS | PORT_KEYS).items():
         key = key.replace(theirs, ours)
     return key
 
 
 # Parts of published names, and our replacements. All pairs apply, in this order.
-KEYS = {
-    # krasserm's Perceiver AR
+KRASSERM_KEYS = {
     "backend_model.": "",
     "input_adapter.frq_pos_encoding.inv_freq": "",  # frequencies of rotary positions: our model computes them
     "input_adapter.txt_embedding.": "token_embedding.",
@@ -268,7 +285,9 @@ KEYS = {
     ".o_proj.": ".out.",
     "out_norm.": "output_norm.",
     "output_adapter.bias": "output_bias",
-    # transformers' Perceiver IO
+}
+PORT_KEYS = {
+    # transformers' Perceiver IO. publish.py applies the pairs backwards, so the order of similar names matters.
     "cross_attention.attention.self.layernorm1.": "cross_attention.q_norm.",
     ".attention.self.layernorm1.": ".norm.",  # of the self-attention layers
     ".attention.self.layernorm2.": ".kv_norm.",
@@ -282,15 +301,15 @@ KEYS = {
     "perceiver.embeddings.latents": "encoder.latents.weight",
     "perceiver.encoder.cross_attention.": "encoder.cross_attention.0.",
     "perceiver.encoder.self_attends.": "encoder.self_attention.0.",
+    "perceiver.decoder.modalities.label.decoder.output_position_encodings.position_embeddings": "query_provider.providers.label.table.weight",  # noqa: E501
+    "perceiver.decoder.padding.": "query_provider.padding.",
     "perceiver.decoder.decoder.": "perceiver.decoder.",
     "perceiver.decoder.decoding_cross_attention.": "decoder.cross_attention.",
     "perceiver.decoder.output_position_encodings.position_embeddings": "query_provider.table.weight",
-    "perceiver.decoder.modalities.label.decoder.output_position_encodings.position_embeddings": "query_provider.providers.label.table.weight",  # noqa: E501
-    "perceiver.decoder.padding.": "query_provider.padding.",
-    "perceiver.decoder.final_layer.": "output_adapter.linear.",
     "perceiver.output_postprocessor.modalities.": "output_adapter.adapters.",
     ".classifier.": ".linear.",
-    "embedding_decoder.": "output_adapter.",
+    "perceiver.decoder.final_layer.": "output_adapter.linear.",
+    "embedding_decoder.bias": "output_adapter.bias",
     "perceiver.input_preprocessor.": "input_adapter.",
     "input_adapter.position_embeddings.position_embeddings": "input_adapter.positions.table.weight",
     "input_adapter.position_embeddings.": "input_adapter.positions.table.",
@@ -332,6 +351,8 @@ DEFAULTS = {
     "_label_trainable_num_channels": 1024,
 }
 
+ACTIVATIONS = ("gelu", "gelu_pytorch_tanh")  # in a config.json
+
 # Our options of an encoder, and the same options in transformers' PerceiverConfig
 ENCODER = {
     "num_cross_attention_heads": "num_cross_attention_heads",
@@ -349,10 +370,13 @@ ENCODER = {
 
 def perceiver_io(published, variant, task, inputs, decoder={}, **options) -> dict:
     """Our config, as nested dicts. config.json does not describe the decoder: `decoder` overrides its usual options."""
-    for key in ("model_type", "hidden_act", "use_query_residual"):
+    for key in ("model_type", "use_query_residual"):
         if published[key] != DEFAULTS[key]:
             raise UserError(f"{key}={published[key]!r} must be {DEFAULTS[key]!r}")
-    activation = {"activation": "gelu_tanh" if variant == "deepmind" else "gelu"}
+    if published["hidden_act"] not in ACTIVATIONS:
+        raise UserError(f"hidden_act={published['hidden_act']!r} must be one of {', '.join(ACTIVATIONS)}")
+    exact = published["hidden_act"] == "gelu" and variant == "transformers"
+    activation = {"activation": "gelu" if exact else "gelu_tanh"}
     encoder = {ours: published[theirs] for ours, theirs in ENCODER.items()}
     plain_decoder = {"num_cross_attention_heads": 1, "cross_attention_residual": False}
     model = {
