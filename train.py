@@ -61,8 +61,7 @@ def train(config: Config, ranks: Ranks) -> int:
         say(task.data_note)
     step, best_loss, must_evaluate = 0, math.inf, False
     folder = Path(options.out_dir)
-    writes = ranks.is_main and not options.eval_only
-    run = RunFolder(folder) if writes else None  # refuses a folder that another process writes to
+    run = RunFolder(folder) if ranks.is_main and not options.eval_only else None
     source = checkpoint.resume_source(options)
     owner = ranks.newest(source)  # the rank that reads the checkpoint and sends it to the others
     if owner is None and options.eval_only:
@@ -74,10 +73,10 @@ def train(config: Config, ranks: Ranks) -> int:
     train_model = ranks.wrap(model, options, bf16)
     optimizer = build_optimizer(model, config.optim)
     if owner is not None:
-        (step, best_loss, must_evaluate), note = checkpoint.resume(source, config, model, optimizer, ranks, TASKS, owner)
+        step, best_loss, must_evaluate, note = checkpoint.resume(source, config, model, optimizer, ranks, TASKS, owner)
         say(note)
     saver = checkpoint.Saver(folder, ranks.is_main)
-    if writes:
+    if run is not None:
         run.open(source)
         log = RunLog(folder, step, to_yaml(config))
 

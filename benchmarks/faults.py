@@ -98,7 +98,7 @@ class Faults:
         return not wrong
 
     def kill(self, run: Path, kind: str, moment: str, save: int = 0) -> bool:
-        """Kills the run; "while saving": at its checkpoint `save`, or at one of the first 4. Returns whether it ended."""
+        """Kills the run; "while saving": at checkpoint `save`, or at one of the first 4. Returns whether it ended."""
         process = self.start(run)
         if moment == "while saving":
             wait_for_save(run / "run/checkpoints", process, save or self.rng.randint(1, 4))

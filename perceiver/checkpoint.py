@@ -192,10 +192,10 @@ def resume(
     ranks: Ranks,
     tasks: dict[str, type],
     owner: int = 0,
-) -> tuple[tuple[int, float, bool], str]:
-    """Loads `model` and `optimizer`. Returns the progress of the run and a note for the user.
+) -> tuple[int, float, bool, str]:
+    """Loads `model` and `optimizer`. Returns what is known of the run, and a note for the user.
 
-    The progress is the step, the best validation loss, and whether a stop signal cut off the evaluation at this step.
+    This is the step, the best validation loss, and whether a stop signal cut off the evaluation at this step.
 
     The rank `owner` reads its `source` and sends it to the other ranks: they need no file.
 
@@ -222,7 +222,7 @@ def resume(
     if validation_changes(old, config):  # losses on other data do not compare
         best_loss = math.inf
     must_evaluate = bool(about["must_evaluate"]) and not config.train.eval_only
-    return (step, best_loss, must_evaluate), resume_note(step, old, config)
+    return step, best_loss, must_evaluate, resume_note(step, old, config)
 
 
 def resume_note(step: int, old: Config, new: Config) -> str:

@@ -117,7 +117,7 @@ def test_resume_takes_weights_from_the_checkpoint_and_options_from_the_config(tm
         trained, state = save(old, path)
         new = clm(f"optim.name={name}", "optim.weight_decay=0.2", "optim.betas=[0.5, 0.6]", "train.max_steps=6")
         _, model, optimizer = start(new)
-        (step, best_loss, _), note = checkpoint.resume(path, new, model, optimizer, CPU, TASKS)
+        step, best_loss, _, note = checkpoint.resume(path, new, model, optimizer, CPU, TASKS)
         assert step == 3 and best_loss == 1.5 and note.startswith("resumed at step 3")
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters()))
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]
@@ -151,14 +151,14 @@ def test_changes_that_prevent_resuming(tmp_path, override, message):
         checkpoint.resume(path, new, *start(new)[1:], CPU, TASKS)
     if override.startswith("data"):  # a user who names the checkpoint may change the data
         new.train.resume = str(path)
-        assert checkpoint.resume(path, new, *start(new)[1:], CPU, TASKS)[0][0] == 3
+        assert checkpoint.resume(path, new, *start(new)[1:], CPU, TASKS)[0] == 3
 
 
 def test_changes_that_allow_resuming(tmp_path):
     path = tmp_path / "last.pt"
     save(clm(), path)
     new = clm("model.residual_dropout=0.1", "model.z_loss=0.1", "optim.lr=1", "data.batch_size=8", "train.seed=3")
-    assert checkpoint.resume(path, new, *start(new)[1:], CPU, TASKS)[0][0] == 3
+    assert checkpoint.resume(path, new, *start(new)[1:], CPU, TASKS)[0] == 3
 
 
 def test_differences_go_into_sections():
