@@ -51,7 +51,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
             checkpoint.save({"step": 2}, path)
     assert torch.load(path) == {"step": 1}
     checkpoint.save({"step": 3}, path)
-    assert torch.load(path) == {"step": 3} and os.listdir(path.parent) == ["last.pt"]
+    assert torch.load(path) == {"step": 3} and sorted(os.listdir(path.parent)) == ["last.pt", "previous.pt"]
 
 
 def test_a_file_is_flushed_before_it_takes_its_name(tmp_path, monkeypatch):
@@ -76,7 +76,8 @@ def test_a_file_is_flushed_before_it_takes_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", no_links)
     checkpoint.link(best, last)
     assert last.read_bytes() == b"new" and not last.samefile(best)
-    assert flushed == [("last.pt.tmp", b"old"), (tmp_path.name, b"new")] * 2
+    assert flushed == [("last.pt.tmp", b"old"), (tmp_path.name, b"new"), ("last.pt.tmp", False), (tmp_path.name, b"new")]
+    assert (tmp_path / "previous.pt").read_bytes() == b"old"  # without links, last.pt is away for a moment
 
 
 def test_files_that_are_no_checkpoints(tmp_path):
