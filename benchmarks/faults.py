@@ -124,27 +124,29 @@ class Faults:
         if not last.exists() or not last.with_name(checkpoint.PREVIOUS).exists():
             return False
         if kind == "disk full":
-            step = checkpoint.load(last)["step"]
+            step = self.check(run / "run")
             code = finish(self.start(run, self.rng.randrange(10_000, last.stat().st_size)))
             if code == 0:
                 return True
             error = self.output(run).rpartition("error: ")[2]
             assert code == 2 and error.count("\n") == 1 and "Traceback" not in self.output(run), self.output(run)
-            assert checkpoint.load(last)["step"] >= step
+            assert self.check(run / "run") >= step
         else:
             damage(last, kind, self.rng)
         self.check(run / "run")
         self.counts[kind] += 1
         return False
 
-    def check(self, run: Path):
-        """Raises UserError if the run has checkpoints, but none that can be read."""
+    def check(self, run: Path) -> int:
+        """The step from which a run would continue. Raises UserError if its checkpoints cannot be read."""
         last = run / checkpoint.LAST
-        if last.exists():
-            try:
-                checkpoint.load(last)
-            except UserError:
-                checkpoint.load(last.with_name(checkpoint.PREVIOUS))
+        previous = last.with_name(checkpoint.PREVIOUS)
+        if not previous.exists():
+            return checkpoint.load(last)["step"] if last.exists() else 0
+        try:
+            return checkpoint.load(last)["step"]
+        except UserError:
+            return checkpoint.load(previous)["step"]
 
 
 def start(arguments: list[str], output: Path, max_bytes: int | None = None) -> multiprocessing.Process:
