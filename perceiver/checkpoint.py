@@ -147,14 +147,6 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> dict:
     return checkpoint
 
 
-def check_sums(path: str | Path):
-    """Raises an exception if a part of a checkpoint does not have the checksum that was written beside it."""
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged:
-        raise UserError(f"{path} is damaged: {damaged} has a wrong checksum")
-
-
 def read(source: Path, move_damaged: bool) -> tuple[Path, dict]:
     """The checkpoint `source` and its path. If last.pt is damaged or missing, the previous one, or else the best one.
 

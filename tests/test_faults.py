@@ -113,7 +113,7 @@ def test_one_flipped_bit_is_found(tmp_path):
     place = whole.index((1234).to_bytes(8, "little"))
     path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
     assert not torch.equal(torch.load(path, weights_only=True)["model"]["w"], torch.arange(10_000) + 3)
-    with pytest.raises(UserError, match="last.pt is damaged: .* has a wrong checksum"):
+    with pytest.raises(UserError, match="cannot read checkpoint .*last.pt: its part .* has a wrong checksum"):
         checkpoint.load(path)
     torch.save(new_checkpoint(3), path)
     assert checkpoint.load(path)["step"] == 3
@@ -173,7 +173,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, corpus
     data[len(data) // 2] ^= 1
     last.write_bytes(data)
     result = run_train(a, *common, "train.max_steps=9")
-    assert re.search(r"last.pt is damaged: .*; using .*previous.pt, from step 4, instead\n", result.output)
+    assert re.search(r"last.pt: its part .* has a wrong checksum; using .*previous.pt, from step 4, instead\n", result.output)
     assert "resumed at step 4" in result.output
     assert run_train(b, *common, "train.max_steps=9").code == 0
     lines = [[(line["step"], line["loss"]) for line in read_metrics(folder / "run")] for folder in (a, b)]
