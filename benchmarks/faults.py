@@ -121,7 +121,9 @@ class Faults:
     def other(self, run: Path, kind: str) -> bool:
         """Fills the disk for the next start, or damages the newest checkpoint. Returns whether the run has ended."""
         last = run / "run" / checkpoint.LAST
-        if not last.exists() or not last.with_name(checkpoint.PREVIOUS).exists():
+        previous = last.with_name(checkpoint.PREVIOUS)
+        # A kill between two renames leaves one file with both names. To damage it would be two faults at once.
+        if not last.exists() or not previous.exists() or previous.samefile(last):
             return False
         if kind == "disk full":
             step = self.check(run / "run")

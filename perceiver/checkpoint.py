@@ -19,7 +19,7 @@ from torch import nn
 from perceiver.config import Config, TrainConfig, from_dict, to_dict
 from perceiver.distributed import Ranks
 from perceiver.errors import UserError, reading, reason
-from perceiver.io import flush, load_tensors, replacing, tell
+from perceiver.io import flush, load_tensors, tell
 from perceiver.optim import learning_rate
 
 BEST, LAST = "checkpoints/best.pt", "checkpoints/last.pt"  # in a run folder
@@ -109,11 +109,14 @@ def saving(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            yield temporary
-            if path.name == Path(LAST).name:
-                flush(temporary)
-                keep(path, path.with_name(PREVIOUS))
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.unlink(missing_ok=True)
+        yield temporary
+        flush(temporary)
+        if path.name == Path(LAST).name:
+            keep(path, path.with_name(PREVIOUS))
+        temporary.replace(path)
+        flush(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         with suppress(OSError):
             path.with_name(f"{path.name}.tmp").unlink()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import TINY
-from perceiver import checkpoint, io
+from perceiver import checkpoint
 from perceiver.config import TrainConfig, load_config, to_dict
 from perceiver.distributed import Ranks
 from perceiver.errors import UserError
@@ -62,7 +62,7 @@ def test_a_file_is_flushed_before_it_takes_its_name(tmp_path, monkeypatch):
     def flush(path):
         flushed.append((path.name, last.exists() and last.read_bytes()))
 
-    monkeypatch.setattr(io, "flush", flush)
+    monkeypatch.setattr(checkpoint, "flush", flush)
     best.write_bytes(b"new")
     last.write_bytes(b"old")
     checkpoint.link(best, last)

@@ -258,6 +258,21 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, corpus):
     assert run_train(tmp_path, *common, "train.max_steps=4").code == 0
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("fault", ["vanishes", "shrinks"])
+def test_a_data_file_that_is_gone_is_one_line(tmp_path, corpus, fault, workers):
+    process = start(tmp_path, f"data.path={corpus}", "train.max_steps=100000", "train.save_every=1",
+                    f"data.num_workers={workers}")
+    wait_for_steps(tmp_path / "run", process, 3)
+    if fault == "vanishes":
+        corpus.unlink()
+    else:
+        os.truncate(corpus, 100)
+    line = errors(finish(tmp_path, process))
+    assert str(corpus) in line, line
+    assert checkpoint.load(tmp_path / "run" / checkpoint.LAST)["step"] >= 2
+
+
 def test_errors_of_the_log_are_one_line(tmp_path, capfd):
     log = RunLog(tmp_path, 0, "task: x")
     log.file.close()
