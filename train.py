@@ -18,8 +18,9 @@ from tqdm import tqdm
 from perceiver import checkpoint, distributed, io
 from perceiver.config import Config, to_dict, to_yaml
 from perceiver.data import TrainKeys, derive_seed, eval_loader, train_loader
-from perceiver.distributed import Ranks, StopSignal, add, to_floats, uses_bf16
+from perceiver.distributed import Ranks, add, to_floats, uses_bf16
 from perceiver.errors import UserError, explaining_memory, run_script
+from perceiver.faults import RunFolder, StopSignal, explaining_faults
 from perceiver.help import read_command
 from perceiver.log import RunLog, format_metrics
 from perceiver.optim import build_optimizer, learning_rate, scale_and_clip
@@ -58,7 +59,9 @@ def train(config: Config, ranks: Ranks) -> int:
     train_set, val_set = distributed.load_data(task, ranks)
     if task.data_note:
         say(task.data_note)
-    step, best_loss = 0, math.inf
+    step, best_loss, must_evaluate = 0, math.inf, False
+    folder = Path(options.out_dir)
+    run = RunFolder(folder) if ranks.is_main and not options.eval_only else None
     source = checkpoint.resume_source(options)
     owner = ranks.newest(source)  # the rank that reads the checkpoint and sends it to the others
     if owner is None and options.eval_only:
@@ -70,12 +73,11 @@ def train(config: Config, ranks: Ranks) -> int:
     train_model = ranks.wrap(model, options, bf16)
     optimizer = build_optimizer(model, config.optim)
     if owner is not None:
-        step, best_loss, note = checkpoint.resume(source, config, model, optimizer, ranks, TASKS, owner)
+        step, best_loss, must_evaluate, note = checkpoint.resume(source, config, model, optimizer, ranks, TASKS, owner)
         say(note)
-    folder = Path(options.out_dir)
     saver = checkpoint.Saver(folder, ranks.is_main)
-    if ranks.is_main and not options.eval_only:
-        checkpoint.move_aside(folder, source)
+    if run is not None:
+        run.open(source)
         log = RunLog(folder, step, to_yaml(config))
 
     keys = TrainKeys(batch_size, micro_batches, ranks, step, options.max_steps)
@@ -85,12 +87,29 @@ def train(config: Config, ranks: Ranks) -> int:
         say("matrix products in bf16; train.precision=float32 avoids that")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     speed = SpeedMeter(task, device, bf16)
-    stop = StopSignal()
+    stop = StopSignal(options.max_hours)
 
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
         with autocast:
             return task.count_loss(model, batch)
+
+    def accumulate() -> dict[str, Tensor] | None:
+        """Adds up the gradients of a step. Returns the sums of loss, count, ... over micro-batches and ranks.
+
+        Gives up the step and returns None if a stop signal arrives.
+        """
+        sums = {}
+        for micro in range(micro_batches):
+            if ranks.any(stop.received):
+                return None
+            batch = speed.fetch(batches)
+            # DDP exchanges gradients in the last backward pass only. It decides so in the forward pass.
+            distributed.sync_gradients(train_model, micro == micro_batches - 1)
+            result = loss(train_model, batch)
+            result["loss"].backward()
+            add(sums, result)
+        return ranks.sum(sums)
 
     def evaluate() -> dict[str, float] | None:
         """The metrics of the whole validation set. None if a stop signal arrives."""
@@ -107,53 +126,46 @@ def train(config: Config, ranks: Ranks) -> int:
     model.train()
     max_steps = step if options.eval_only else options.max_steps
     bar = tqdm(initial=step, total=max_steps, disable=not ranks.is_main, mininterval=1.0, dynamic_ncols=True)
-    totals, logged_step = {}, step  # sums since the last log line
+    totals, logged_step, saved_step = {}, step, step  # `totals`: sums since the last log line
     val, stopping = None, False
-    while step < max_steps and not stopping:
-        lr = learning_rate(step, options.max_steps, config.optim)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    while (step < max_steps or must_evaluate) and not stopping:
         # The random numbers of a step do not depend on earlier steps: a checkpoint needs no generator state.
         torch.manual_seed(derive_seed(options.seed, step, ranks.rank))
+        sums = {} if must_evaluate else accumulate()  # a stop signal cut off the evaluation after the last step
+        stopping = sums is None
+        if sums:
+            lr = learning_rate(step, options.max_steps, config.optim)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # DDP averages the gradients of the summed loss over the ranks. Scale them to the mean of the global batch.
+            scale = ranks.world_size / sums["count"]
+            grad_norm = scale_and_clip(model.parameters(), scale, config.optim.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            add(totals, sums)
+            bar.update()
+            speed.end_step()
 
-        sums = {}  # loss, count, ... of this step, summed over its micro-batches
-        for micro in range(micro_batches):
-            batch = next(batches)
-            speed.count(batch)
-            # DDP exchanges gradients in the last backward pass only. It decides so in the forward pass.
-            distributed.sync_gradients(train_model, micro == micro_batches - 1)
-            result = loss(train_model, batch)
-            result["loss"].backward()
-            add(sums, result)
-        sums = ranks.sum(sums)
-        # DDP averages the gradients of the summed loss over the ranks. Scale them to the mean over the global batch.
-        grad_norm = scale_and_clip(model.parameters(), ranks.world_size / sums["count"], config.optim.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        add(totals, sums)
-        bar.update()
-
-        stopping = ranks.any(stop.received)
         final = stopping or step == max_steps
-        log_now = final or step % options.log_every == 0
-        eval_now = not stopping and (final or step % options.eval_every == 0)
-        save_now = final or eval_now or step % options.save_every == 0
-        if log_now or save_now:  # in other steps the host does not wait for the GPU
+        log_now = step > logged_step and (final or step % options.log_every == 0)
+        eval_now = not stopping and (final or must_evaluate or step % options.eval_every == 0)
+        save_now = (step > saved_step or must_evaluate) and (final or eval_now or step % options.save_every == 0)
+        if step > logged_step and (log_now or save_now):  # in other steps the host does not wait for the GPU
             metrics = task.all_metrics(to_floats(totals)) | {"lr": lr, "grad_norm": grad_norm.item()}
             check_finite(step, loss=metrics["loss"], grad_norm=metrics["grad_norm"])
         if log_now:
             rates = speed.report((step - logged_step) * batch_size, totals["count"].item())
             bar.set_postfix(loss=metrics["loss"], **rates)
             if ranks.is_main:
-                log.metrics(step, "train", metrics | rates)
+                log.metrics(step, "train", metrics | rates | speed.health)
             totals, logged_step = {}, step
 
         with speed.paused():
             val = None
             if eval_now:
                 val = evaluate()
-                stopping = val is None
+                stopping = must_evaluate = val is None
             improved = val is not None and val["loss"] < best_loss
             if val:
                 check_finite(step, validation_loss=val["loss"])
@@ -168,10 +180,12 @@ def train(config: Config, ranks: Ranks) -> int:
                     "optimizer": optimizer.state_dict(),
                     "step": step,
                     "best_loss": best_loss,
+                    "must_evaluate": must_evaluate,
                     "config": to_dict(config),
                     "task": task.state_dict(),
                 }
                 saver.save(ranks.gather(state), improved)
+                saved_step = step
             if val:
                 with evaluation_mode(model) as whole_model:
                     if ranks.is_main:
@@ -217,18 +231,10 @@ def main() -> int:
     config = read_command(sys.argv[1:], __doc__.splitlines()[0], TASKS)
     if config is None:  # the command asked for help
         return 0
-    with distributed.joined(config.train.device) as ranks:
+    with distributed.joined(config.train.device) as ranks, explaining_faults(ranks):
         config.train.compile = uses_compile(config.train, ranks)
-        try:
-            with explaining_memory(memory_advice(config, ranks)), profiling(config.train, ranks):
-                return train(config, ranks)
-        except FloatingPointError as error:
-            if ranks.is_main:
-                io.tell(
-                    f"error: {error}. Try a lower optim.lr or optim.max_grad_norm, or train.precision=float32. "
-                    "Checkpoints of earlier steps, if there are any, are unchanged"
-                )
-            return 1
+        with explaining_memory(memory_advice(config, ranks)), profiling(config.train, ranks):
+            return train(config, ranks)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ class OptimConfig:
 class TrainConfig:
     out_dir: str | None = None  # the run folder; null: runs/<name of the config file>
     max_steps: Count = 1000  # optimizer steps
+    max_hours: Positive | None = None  # since the start of the script; then the run saves a checkpoint and stops
     gradient_accumulation_steps: Count = 1  # micro-batches in an optimizer step on each rank
     seed: Annotated[int, "[0, 1e18]"] = 0  # for initialization, data and dropout
     device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: CUDA if there is a GPU

@@ -1,7 +1,6 @@
 """Processes: torchrun starts one for each GPU, or several on a CPU. Without torchrun there is one process."""
 
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -351,19 +350,3 @@ def add(totals: dict[str, Tensor], sums: dict[str, Tensor]):
 def to_floats(sums: dict[str, Tensor]) -> dict[str, float]:
     """Copies scalars from the device to the host in one transfer."""
     return dict(zip(sums, torch.stack(list(sums.values())).tolist()))
-
-
-class StopSignal:
-    """Remembers SIGTERM or Ctrl-C, so that the training loop can save a checkpoint and end."""
-
-    def __init__(self):
-        self.received = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.receive)
-
-    def receive(self, number: int, frame):
-        self.received = number
-
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.received).name if self.received else "another process"

@@ -93,6 +93,8 @@ def load_tensors(file: str | Path, device: str | torch.device = "cpu"):
     with zipfile.ZipFile(file) as archive:
         if sum(entry.file_size for entry in archive.infolist()) > os.path.getsize(file):
             raise ValueError("it is compressed, which torch.save never does")
+        if damaged := archive.testzip():  # torch.load does not check
+            raise ValueError(f"its part {damaged} has a wrong checksum")
         for name in archive.namelist():
             if name.endswith(".pkl"):
                 check_pickle(archive.read(name))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import TINY
-from perceiver import checkpoint, io
+from perceiver import checkpoint
 from perceiver.config import TrainConfig, load_config, to_dict
 from perceiver.distributed import Ranks
 from perceiver.errors import UserError
@@ -51,7 +51,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
             checkpoint.save({"step": 2}, path)
     assert torch.load(path) == {"step": 1}
     checkpoint.save({"step": 3}, path)
-    assert torch.load(path) == {"step": 3} and os.listdir(path.parent) == ["last.pt"]
+    assert torch.load(path) == {"step": 3} and sorted(os.listdir(path.parent)) == ["last.pt", "previous.pt"]
 
 
 def test_a_file_is_flushed_before_it_takes_its_name(tmp_path, monkeypatch):
@@ -62,7 +62,7 @@ def test_a_file_is_flushed_before_it_takes_its_name(tmp_path, monkeypatch):
     def flush(path):
         flushed.append((path.name, last.exists() and last.read_bytes()))
 
-    monkeypatch.setattr(io, "flush", flush)
+    monkeypatch.setattr(checkpoint, "flush", flush)
     best.write_bytes(b"new")
     last.write_bytes(b"old")
     checkpoint.link(best, last)
@@ -76,7 +76,8 @@ def test_a_file_is_flushed_before_it_takes_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", no_links)
     checkpoint.link(best, last)
     assert last.read_bytes() == b"new" and not last.samefile(best)
-    assert flushed == [("last.pt.tmp", b"old"), (tmp_path.name, b"new")] * 2
+    assert flushed == [("last.pt.tmp", b"old"), (tmp_path.name, b"new"), ("last.pt.tmp", False), (tmp_path.name, b"new")]
+    assert (tmp_path / "previous.pt").read_bytes() == b"old"  # without links, last.pt is away for a moment
 
 
 def test_files_that_are_no_checkpoints(tmp_path):
@@ -117,7 +118,7 @@ def test_resume_takes_weights_from_the_checkpoint_and_options_from_the_config(tm
         trained, state = save(old, path)
         new = clm(f"optim.name={name}", "optim.weight_decay=0.2", "optim.betas=[0.5, 0.6]", "train.max_steps=6")
         _, model, optimizer = start(new)
-        step, best_loss, note = checkpoint.resume(path, new, model, optimizer, CPU, TASKS)
+        step, best_loss, _, note = checkpoint.resume(path, new, model, optimizer, CPU, TASKS)
         assert step == 3 and best_loss == 1.5 and note.startswith("resumed at step 3")
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), trained.parameters()))
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.0]

@@ -315,7 +315,7 @@ def test_samples_are_made_in_evaluation_mode_after_the_checkpoint_is_saved(tmp_p
 
     monkeypatch.setattr(checkpoint, "Saver", Saver)
     monkeypatch.setitem(TASKS, "causal_lm", Probe)
-    monkeypatch.setattr(train, "StopSignal", lambda: SimpleNamespace(received=0))
+    monkeypatch.setattr(train, "StopSignal", lambda hours: SimpleNamespace(received=0))
     assert train.train(config, Ranks(0, 1, torch.device("cpu"))) == 0
     step = [("loss", True, False), ("loss", False, True), ("visualize", False, True)]
     seen = [thing for number, thing in enumerate(seen) if thing not in seen[number - 1 : number]]  # drops repeats
