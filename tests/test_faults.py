@@ -173,7 +173,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, corpus
     data[len(data) // 2] ^= 1
     last.write_bytes(data)
     result = run_train(a, *common, "train.max_steps=9")
-    assert re.search(r"last.pt: its part .* has a wrong checksum; using .*previous.pt, from step 4, instead\n", result.output)
+    line = r"last.pt: its part .* has a wrong checksum; using .*previous.pt, from step 4, instead\n"
+    assert re.search(line, result.output)
     assert "resumed at step 4" in result.output
     assert run_train(b, *common, "train.max_steps=9").code == 0
     lines = [[(line["step"], line["loss"]) for line in read_metrics(folder / "run")] for folder in (a, b)]
