@@ -61,8 +61,9 @@ def test_files_and_configs_in_the_pages_exist():
 
 
 def test_options_in_the_pages_exist():
-    scripts = ("generate.py", "predict.py", "benchmarks/compare.py")
-    options = "".join(run_script(script, "--help").stdout for script in scripts)
+    commands = [["generate.py"], ["predict.py"], ["benchmarks/compare.py"]]
+    commands += [["-m", f"perceiver.{module}"] for module in ("evaluate", "export", "prepare")]
+    options = "".join(run_script(*command, "--help").stdout for command in commands)
     for page in PAGES:
         for option in re.findall(r"`(--[\w-]+)", page.read_text()):
             assert option in options or option == "--nproc-per-node", f"{page.name}: {option}"
