@@ -69,6 +69,7 @@ def train(config: Config, ranks: Ranks) -> int:
     if owner is None and ranks.is_main and getattr(config.model, "init_from", None):
         init_weights_from(model, config.model.init_from, config)
     bf16 = uses_bf16(options.precision, device)
+    options.compile = uses_compile(options, ranks)
     # Training calls `train_model`. Evaluation and checkpoints use `model`, which has the same parameters.
     train_model = ranks.wrap(model, options, bf16)
     optimizer = build_optimizer(model, config.optim)
@@ -232,7 +233,6 @@ def main() -> int:
     if config is None:  # the command asked for help
         return 0
     with distributed.joined(config.train.device) as ranks, explaining_faults(ranks):
-        config.train.compile = uses_compile(config.train, ranks)
         with explaining_memory(memory_advice(config, ranks)), profiling(config.train, ranks):
             return train(config, ranks)
 
