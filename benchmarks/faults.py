@@ -127,7 +127,8 @@ class Faults:
             return False
         if kind == "disk full":
             step = self.check(run / "run")
-            code = finish(self.start(run, self.rng.randrange(10_000, last.stat().st_size)))
+            size = (self.whole / "run" / checkpoint.LAST).stat().st_size
+            code = finish(self.start(run, self.rng.randrange(10_000, size)))
             if code == 0:
                 return True
             error = self.output(run).rpartition("error: ")[2]

@@ -211,7 +211,7 @@ def resume(
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{source} does not fit the model ({reason(error)}); {ADVICE}") from None
     for group, values in zip(optimizer.param_groups, options):
-        for name in values.keys() - {"params", "step"}:
+        for name in values.keys() - {"params", "step", "lr"}:  # train.py sets `lr` at each step
             group[name] = values[name]
     step, best_loss = about["step"], about["best_loss"]
     if validation_changes(old, config):  # losses on other data do not compare
