@@ -194,7 +194,7 @@ def export(model: nn.Module, inputs: Inputs, path: str | Path) -> str:
 
 
 def compare(expected: list[Tensor], found: list[Tensor], path: Path) -> float:
-    """The largest difference between the outputs of the model and those of the file. Raises UserError if it is large."""
+    """The largest difference between the outputs of the model and of the file. Raises UserError if it is large."""
     shapes, found_shapes = ([tuple(x.shape) for x in outputs] for outputs in (expected, found))
     if shapes != found_shapes:
         raise UserError(f"{path}: its outputs have shapes {found_shapes}, the model's {shapes}; do not use it")
