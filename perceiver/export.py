@@ -186,13 +186,23 @@ def export(model: nn.Module, inputs: Inputs, path: str | Path) -> str:
         found = run_file(path, inputs)
     checked = "it was not checked: pip install onnxruntime"
     if found is not None:
-        difference = max((a - b).abs().max().item() for a, b in zip(tree_leaves(outputs), found))
-        if not difference <= TOLERANCE * max(1.0, *(x.abs().max().item() for x in tree_leaves(outputs))):
-            raise UserError(f"{path}: its outputs differ from the model's by {difference:.2g}; do not use it")
+        difference = compare(tree_leaves(outputs), found, path)
         checked = f"outputs differ from the model's by at most {difference:.1g}"
     given = ", ".join(describe(name, x, any_batch) for name, x in named(inputs).items())
     results = ", ".join(describe(name, x, any_batch) for name, x in named(outputs).items())
     return f"{path} ({path.stat().st_size / 1e6:.1f} MB): {given} -> {results}; {checked}"
+
+
+def compare(expected: list[Tensor], found: list[Tensor], path: Path) -> float:
+    """The largest difference between the outputs of the model and of the file. Raises UserError if it is large."""
+    shapes, found_shapes = ([tuple(x.shape) for x in outputs] for outputs in (expected, found))
+    if shapes != found_shapes:
+        raise UserError(f"{path}: its outputs have shapes {found_shapes}, the model's {shapes}; do not use it")
+    largest = torch.stack([x.abs().max() for x in expected]).max().item()
+    difference = torch.stack([(a - b).abs().max() for a, b in zip(expected, found)]).max().item()
+    if not difference < TOLERANCE * max(1.0, largest):  # also if one is NaN or infinite
+        raise UserError(f"{path}: its outputs differ from the model's by {difference:.2g}; do not use it")
+    return difference
 
 
 def named(tree) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from perceiver import checkpoint, decoding
 from perceiver.config import from_dict, load_config
 from perceiver.data import ByteTokenizer
 from perceiver.errors import UserError
-from perceiver.export import CachedStep, example_inputs, export, main, parse_args
+from perceiver.export import CachedStep, example_inputs, export, main, parse_args, run_file
 from perceiver.pretrained import from_pretrained, load_model
 from perceiver.publish import port_config
 from perceiver.tasks import TASKS
@@ -154,6 +154,24 @@ def test_a_file_that_differs_from_the_model_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr("perceiver.export.run_file", lambda path, inputs: [inputs["input"] + 1e-2])
     with pytest.raises(UserError, match="outputs differ from the model's by 0.01"):
         export(nn.Identity(), {"input": torch.ones(2, 3)}, tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda a, b: [a, b * torch.nan], "differ from the model's by nan"),
+    (lambda a, b: [a, b + torch.inf], "differ from the model's by inf"),
+    (lambda a, b: [a], r"outputs have shapes \[\(1, 3\)\], the model's \[\(1, 3\), \(1, 3\)\]"),
+    (lambda a, b: [a, b[:, :1]], r"outputs have shapes \[\(1, 3\), \(1, 1\)\]")])
+def test_each_output_is_checked(tmp_path, monkeypatch, change, message):
+    """Also one that is not the first, is not a number, is missing, or has a shape that broadcasts."""
+
+    class Two(nn.Module):
+        def forward(self, x):
+            return {"a": x, "b": 2 * x}
+
+    read = run_file
+    monkeypatch.setattr("perceiver.export.run_file", lambda path, inputs: change(*read(path, inputs)))
+    with pytest.raises(UserError, match=message):
+        export(Two(), {"x": torch.ones(2, 3)}, tmp_path / "model.pt2")
 
 
 def test_a_model_with_a_fixed_batch(tmp_path):
