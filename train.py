@@ -37,11 +37,7 @@ def train(config: Config, ranks: Ranks) -> int:
     """
     options, device, batch_size = config.train, ranks.device, config.data.batch_size
     micro_batches = options.gradient_accumulation_steps
-    if batch_size % (micro_batches * ranks.world_size):
-        raise UserError(
-            f"data.batch_size={batch_size} is not divisible by train.gradient_accumulation_steps="
-            f"{micro_batches} x {ranks.world_size} processes"
-        )
+    distributed.check_batch_size(config, ranks)
     say = io.say if ranks.is_main else lambda *lines: None
 
     # The model. Parameters are float32. Autocast (bf16) and TF32 lower the precision of matrix products only.
@@ -89,6 +85,7 @@ def train(config: Config, ranks: Ranks) -> int:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     speed = SpeedMeter(task, device, bf16)
     stop = StopSignal(options.max_hours)
+    has_batch_norm = bool(distributed.batch_norms(model))
 
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         batch = {name: values.to(device, non_blocking=True) for name, values in batch.items()}
@@ -98,11 +95,12 @@ def train(config: Config, ranks: Ranks) -> int:
     def accumulate() -> dict[str, Tensor] | None:
         """Adds up the gradients of a step. Returns the sums of loss, count, ... over micro-batches and ranks.
 
-        Gives up the step and returns None if a stop signal arrives.
+        Gives up the step and returns None if a stop signal arrives. With BatchNorm, it only does so before the first
+        micro-batch, because each one changes the running statistics.
         """
         sums = {}
         for micro in range(micro_batches):
-            if ranks.any(stop.received):
+            if (micro == 0 or not has_batch_norm) and ranks.any(stop.received):
                 return None
             batch = speed.fetch(batches)
             # DDP exchanges gradients in the last backward pass only. It decides so in the forward pass.

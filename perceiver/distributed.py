@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from perceiver.config import TrainConfig
+from perceiver.config import Config, TrainConfig
 from perceiver.errors import UserError, print_error
 from perceiver.model import SelfAttentionLayer
 
@@ -181,6 +181,16 @@ class Ranks:
         if norms := batch_norms(model):
             model.register_forward_pre_hook(lambda *_: share_buffers(norms))
         return model
+
+
+def check_batch_size(config: Config, ranks: Ranks):
+    """Raises UserError unless all micro-batches of all ranks have the same size."""
+    batch_size, micro_batches = config.data.batch_size, config.train.gradient_accumulation_steps
+    if batch_size % (micro_batches * ranks.world_size):
+        raise UserError(
+            f"data.batch_size={batch_size} is not divisible by train.gradient_accumulation_steps="
+            f"{micro_batches} x {ranks.world_size} processes"
+        )
 
 
 def load_data(task, ranks: Ranks) -> tuple[Dataset, Dataset]:
