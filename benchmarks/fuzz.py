@@ -21,6 +21,7 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import zipfile
@@ -49,6 +50,7 @@ from perceiver.tasks.music import compose, write_midi  # noqa: E402
 from perceiver.tasks.video import write_video  # noqa: E402
 
 SECONDS = 30
+TOO_LONG = signal.SIGUSR1  # ends a process, because train.py does not handle it
 MEMORY = 2**31  # bytes
 
 ENCODER = {"num_cross_attention_heads": 1, "num_self_attention_heads": 2, "num_self_attention_layers_per_block": 1}
@@ -363,7 +365,6 @@ def child(case, key, samples, folder):
     sys.stderr = io.TextIOWrapper(io.FileIO(2, "w"), encoding="utf-8", errors="backslashreplace", write_through=True)
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY,) * 2)
-    signal.alarm(SECONDS)
     code = 70
     try:
         rng = np.random.default_rng(key)
@@ -385,7 +386,11 @@ def run_case_alone(kind: str, number: int, seed: int, samples: Path) -> Result:
         pid = os.fork()
         if pid == 0:
             child(CASES[kind], key, samples, folder)
+        too_long = threading.Timer(SECONDS, os.kill, (pid, TOO_LONG))
+        too_long.start()
         _, status, usage = os.wait4(pid, 0)
+        too_long.cancel()
+        too_long.join()
         seconds = time.monotonic() - start
         code = os.waitstatus_to_exitcode(status)
         stderr = Path(folder, "stderr").read_text(errors="replace")
@@ -401,7 +406,7 @@ def run_case_alone(kind: str, number: int, seed: int, samples: Path) -> Result:
 def judge(code, stderr) -> str:
     """What the script did wrong; empty if nothing."""
     lines = stderr.replace("\r", "\n").splitlines()
-    if code == -signal.SIGALRM:
+    if code == -TOO_LONG:
         return f"took more than {SECONDS} s"
     if code < 0:
         return f"died of {signal.Signals(-code).name}"
@@ -429,11 +434,12 @@ def fingerprint(samples: Path) -> str:
 def make_run(samples: Path):
     """The run that `resume_case` continues."""
     config = load_config(samples / "tiny.yaml", [f"train.out_dir={samples}/run", "train.compile=false"], TASKS)
-    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    numbers = signal.SIGTERM, signal.SIGINT, signal.SIGALRM
+    handlers = [signal.getsignal(number) for number in numbers]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train.train(config, Ranks(0, 1, torch.device("cpu")))
-    signal.signal(signal.SIGTERM, handlers[0])
-    signal.signal(signal.SIGINT, handlers[1])
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
 
 
 def fuzz(count: int, seconds: float, seed: int, samples: Path, kinds=tuple(CASES)) -> dict[str, list[Result]]:
