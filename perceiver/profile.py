@@ -95,8 +95,8 @@ def memory_advice(config: Config, ranks: Ranks) -> str:
 
     advice = []
     if examples > 1:
-        fewer = next(size for size in range(examples - 1, 0, -1) if examples % size == 0)
-        more = micro_batches * examples // fewer
+        factor = next((factor for factor in range(2, 1000) if examples % factor == 0), examples)  # the smallest
+        fewer, more = examples // factor, micro_batches * factor
         advice.append(f"train.gradient_accumulation_steps={more} ({fewer} examples at once instead of {examples})")
     if without:
         keys = " ".join(f"{name}.activation_checkpointing=true" for name in without)
