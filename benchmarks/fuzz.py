@@ -442,9 +442,10 @@ def make_run(samples: Path):
         signal.signal(number, handler)
 
 
-def fuzz(count: int, seconds: float, seed: int, samples: Path, kinds=tuple(CASES)) -> dict[str, list[Result]]:
+def fuzz(count: int, seconds: float, seed: int, samples: Path) -> dict[str, list[Result]]:
     """Runs up to `count` cases, the kinds in turn, until `seconds` have passed. Reports what goes wrong on stderr."""
     torch.set_num_threads(1)
+    kinds = tuple(CASES)
     results = defaultdict(list)
     start = time.monotonic()
     for number in range(count):

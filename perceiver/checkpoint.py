@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch import nn
 from perceiver.config import Config, TrainConfig, from_dict, to_dict
 from perceiver.distributed import Ranks
 from perceiver.errors import UserError, reading, reason
-from perceiver.io import flush, load_tensors, tell
+from perceiver.io import load_tensors, replacing, tell
 from perceiver.optim import learning_rate
 
 BEST, LAST = "checkpoints/best.pt", "checkpoints/last.pt"  # in a run folder
@@ -109,14 +110,9 @@ def saving(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.unlink(missing_ok=True)
-        yield temporary
-        flush(temporary)
-        if path.name == Path(LAST).name:
-            keep(path, path.with_name(PREVIOUS))
-        temporary.replace(path)
-        flush(path.parent)
+        is_last = path.name == Path(LAST).name
+        with replacing(path, partial(keep, path, path.with_name(PREVIOUS)) if is_last else None) as temporary:
+            yield temporary
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         with suppress(OSError):
             path.with_name(f"{path.name}.tmp").unlink()

@@ -334,11 +334,15 @@ class JsonTokenizer:
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The type of arrays of its tokens."""
+        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
     def encode_texts(self, texts: list[str]) -> list[np.ndarray]:
         """The tokens (n,) of each text. All cores encode them together."""
-        dtype = np.uint16 if self.vocab_size <= 2**16 else np.uint32
         encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype) for encoding in encodings]
+        return [np.array(encoding.ids, self.dtype) for encoding in encodings]
 
     def decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens)

@@ -73,7 +73,8 @@ def run_script(main: Callable[[], int | None], report: Callable[[str], None] = p
     `report` prints the line of an error.
     """
     try:
-        code = main() or 0
+        with explaining_memory("Use a smaller batch or model"):
+            code = main() or 0
     except UserError as error:
         report(f"error: {error}")
         code = 2
@@ -82,11 +83,6 @@ def run_script(main: Callable[[], int | None], report: Callable[[str], None] = p
     except BrokenPipeError:  # the reader of stdout closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(f"error: out of memory ({reason(error)[-200:]}); use a smaller batch or model", file=sys.stderr)
-        code = 2
     except OSError as error:  # for example a full disk
         where = f"{error.filename}: " if error.filename else ""
         report(f"error: {where}{reason(error)}")

@@ -56,12 +56,10 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def example_inputs(task: Task, batch_size=2) -> Inputs:
     """Random inputs of the task's model. Raises UserError for a task of your own: use `export` with your inputs."""
     model = task.config.model
-    if not hasattr(model, "input"):
-        if not hasattr(model, "vocab_size"):
-            raise UserError(f"task {task.name}: its inputs are unknown here; call perceiver.export.export with inputs")
+    inputs = getattr(model, "input", None)
+    if inputs is None and hasattr(model, "vocab_size"):
         shape = (batch_size, model.max_seq_len)
         return {"input_ids": torch.randint(model.vocab_size, shape), "pad_mask": padding(shape).flip(1)}
-    inputs = model.input
     if isinstance(inputs, TokenInputConfig):
         shape = (batch_size, inputs.max_seq_len)
         return {"inputs": torch.randint(inputs.vocab_size, shape), "pad_mask": padding(shape)}

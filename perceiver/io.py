@@ -122,12 +122,17 @@ def advise_upgrade():
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path to write. Then flushes that file to the disk and renames it to `path` atomically."""
+def replacing(path: Path, before: Callable[[], None] | None = None) -> Iterator[Path]:
+    """Yields a temporary path to write. Then flushes that file to the disk and renames it to `path` atomically.
+
+    `before` runs right before the file takes its name.
+    """
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     yield temporary
     flush(temporary)
+    if before is not None:
+        before()
     temporary.replace(path)
     flush(path.parent)
 

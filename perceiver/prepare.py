@@ -66,7 +66,7 @@ class Encoder:
         if args.tokenizer is None:
             return
         self.tokenizer = JsonTokenizer.read(args.tokenizer)
-        self.dtype = np.dtype(np.uint16 if self.tokenizer.vocab_size <= 2**16 else np.uint32)
+        self.dtype = self.tokenizer.dtype
         self.end = np.empty(0, self.dtype)
         if args.end_of_text is not None:
             token = self.tokenizer.tokenizer.token_to_id(args.end_of_text)

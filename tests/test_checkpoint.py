@@ -62,7 +62,7 @@ def test_a_file_is_flushed_before_it_takes_its_name(tmp_path, monkeypatch):
     def flush(path):
         flushed.append((path.name, last.exists() and last.read_bytes()))
 
-    monkeypatch.setattr(checkpoint, "flush", flush)
+    monkeypatch.setattr("perceiver.io.flush", flush)
     best.write_bytes(b"new")
     last.write_bytes(b"old")
     checkpoint.link(best, last)
