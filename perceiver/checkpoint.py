@@ -45,6 +45,7 @@ TRAINING_ONLY = {
     "max_unreadable",
     "cache_dir",
     "min_seq_len",
+    "random_lengths",
     "curriculum_steps",
     "random_crop",
     "random_resized_crop",
