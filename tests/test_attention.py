@@ -1,4 +1,5 @@
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -6,7 +7,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from perceiver.attention import Attention, LayerCache, Linear, Unprojected, attend, rotary_angles, rotate, sinusoids
+from perceiver.attention import (
+    Attention,
+    LayerCache,
+    Linear,
+    OneDNNLinear,
+    Unprojected,
+    attend,
+    rotary_angles,
+    rotate,
+    sinusoids,
+)
 
 
 def test_a_query_that_sees_nothing_gets_zeros_and_finite_gradients():
@@ -246,3 +257,51 @@ def test_our_linear_equals_pytorchs(rows, outputs, bias):
     layer = Linear(10, outputs, bias).double()
     x = torch.randn(rows, 3, 10, dtype=torch.float64)[:, 1:2]  # strided, like a slice of a larger tensor
     assert (layer(x) - torch.nn.functional.linear(x, layer.weight, layer.bias)).abs().max() < 1e-12
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this version of torch has no switch")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("inputs_need_gradients", [True, False])
+def test_onednns_products_equal_pytorchs(bias, inputs_need_gradients):
+    """`linear` takes them only where they are fast. Here it must; a CPU without AVX-512 then falls back to MKL."""
+    exact = Linear(100, 48, bias).double()
+    layer = deepcopy(exact).float()
+    x = torch.randn(4, 30, 100, dtype=torch.float64)
+    results = []
+    for model, inputs in ((exact, x.clone()), (layer, x.float())):
+        inputs.requires_grad_(inputs_need_gradients)
+        product = OneDNNLinear.apply if model is layer else F.linear
+        y = product(inputs, model.weight, model.bias)
+        y.square().sum().backward()
+        gradients = [inputs.grad, *(parameter.grad for parameter in model.parameters())]
+        results.append([y, *(gradient for gradient in gradients if gradient is not None)])
+    assert len(results[0]) == len(results[1]) == 2 + bias + inputs_need_gradients
+    for expected, actual in zip(*results):
+        assert (actual - expected).abs().max() < 3e-6 * expected.abs().max()
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # the switch is back
+
+
+def test_large_products_take_onednn_only_in_float32(monkeypatch):
+    calls = []
+    monkeypatch.setattr("perceiver.attention.has_fast_onednn", lambda: True)
+    monkeypatch.setattr(OneDNNLinear, "apply", lambda *args: calls.append(args) or F.linear(*args))
+    layer = Linear(10, 48)
+    layer(torch.randn(2, 17, 10))
+    assert len(calls) == 1
+    layer(torch.randn(32, 10))  # few rows
+    layer.double()(torch.randn(2, 17, 10, dtype=torch.float64))
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.float()(torch.randn(2, 17, 10))
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("n, m, causal", [(100, 100, True), (60, 200, True), (60, 200, False)])
+def test_attention_in_bfloat16_rounds_little_more_than_pytorchs(n, m, causal):
+    """On the CPU it has plain products, which also round the scores."""
+    q, k, v = (torch.randn(2, 4, length, 64).bfloat16() for length in (n, m, m))
+    exact = attend(q.double(), k.double(), v.double(), causal=causal)
+    mask = torch.ones(n, m, dtype=torch.bool).tril(m - n) if causal else None
+    error = (attend(q, k, v, causal=causal) - exact).abs().mean()
+    assert error < 2.5 * (F.scaled_dot_product_attention(q, k, v, mask) - exact).abs().mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attend(q, k, v, causal=causal), attend(q, k.float(), v.float(), causal=causal))

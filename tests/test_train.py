@@ -1,6 +1,7 @@
 """train.py, run from the command line in processes of its own."""
 import math
 import os
+import platform
 import random
 import re
 import signal
@@ -342,6 +343,25 @@ def test_automatic_precision_of_a_cpu_in_older_versions_of_torch(monkeypatch, am
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert uses_bf16("auto", torch.device("cpu")) is amx
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries have no mallopt")
+@pytest.mark.parametrize("variables, kept", [({}, True), ({"MALLOC_MMAP_THRESHOLD_": "131072"}, False)])
+def test_freed_memory_is_kept_for_new_arrays(variables, kept):
+    """An array of 64 MiB has 16,384 pages, or 32 huge ones. A new one takes those of earlier ones."""
+    script = """if True:
+        import resource, torch
+        from perceiver.distributed import find_device
+        find_device("cpu")
+        for _ in range(3):
+            torch.ones(2**24)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    others = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    out = subprocess.run([sys.executable, "-c", script], env=others | variables, capture_output=True, text=True)
+    assert (int(out.stdout) < 20) is kept
 
 
 @pytest.mark.parametrize("bf16", [True, False])
