@@ -27,7 +27,9 @@ from perceiver.attention import (
     LayerCache,
     Linear,
     Unprojected,
+    converted,
     linear,
+    linear_after,
     mask_of_padding,
     rotary_angles,
     sinusoids,
@@ -70,6 +72,11 @@ class MLP(nn.Sequential):
             ACTIVATIONS[activation](),
             Linear(num_hidden, num_channels, bias),
         )
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm, widen, activation, narrow = self
+        hidden = linear_after(norm, widen, x)
+        return linear_after(activation, narrow, hidden)
 
 
 class CrossAttentionLayer(nn.Module):
@@ -142,7 +149,7 @@ class SelfAttentionLayer(nn.Module):
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
         """(B, N, C) -> (B, N, C). The keywords are those of `Attention.forward`."""
-        h = self.norm(x)
+        h = converted(self.norm(x))
         x = x + self.dropout(self.attention(h, h, **kwargs))
         return x + self.dropout(self.mlp(x))
 

@@ -11,13 +11,15 @@ from perceiver.attention import (
     Attention,
     LayerCache,
     Linear,
-    OneDNNLinear,
     Unprojected,
     attend,
+    linear_after,
+    onednn_products,
     rotary_angles,
     rotate,
     sinusoids,
 )
+from perceiver.model import MLP
 
 
 def test_a_query_that_sees_nothing_gets_zeros_and_finite_gradients():
@@ -259,40 +261,85 @@ def test_our_linear_equals_pytorchs(rows, outputs, bias):
     assert (layer(x) - torch.nn.functional.linear(x, layer.weight, layer.bias)).abs().max() < 1e-12
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this version of torch has no switch")
+def gradients(y, *tensors):
+    torch.manual_seed(1)
+    return torch.autograd.grad(y, tensors, torch.randn(y.shape).to(y.dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 20, 40])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("inputs_need_gradients", [True, False])
-def test_onednns_products_equal_pytorchs(bias, inputs_need_gradients):
-    """`linear` takes them only where they are fast. Here it must; a CPU without AVX-512 then falls back to MKL."""
-    exact = Linear(100, 48, bias).double()
-    layer = deepcopy(exact).float()
-    x = torch.randn(4, 30, 100, dtype=torch.float64)
-    results = []
-    for model, inputs in ((exact, x.clone()), (layer, x.float())):
-        inputs.requires_grad_(inputs_need_gradients)
-        product = OneDNNLinear.apply if model is layer else F.linear
-        y = product(inputs, model.weight, model.bias)
-        y.square().sum().backward()
-        gradients = [inputs.grad, *(parameter.grad for parameter in model.parameters())]
-        results.append([y, *(gradient for gradient in gradients if gradient is not None)])
-    assert len(results[0]) == len(results[1]) == 2 + bias + inputs_need_gradients
-    for expected, actual in zip(*results):
-        assert (actual - expected).abs().max() < 3e-6 * expected.abs().max()
-    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # the switch is back
+@pytest.mark.parametrize("before", [nn.LayerNorm(10), nn.GELU(), nn.Identity()])
+def test_gradients_of_our_linear_equal_pytorchs(rows, bias, before):
+    before = deepcopy(before).double()
+    layer = Linear(10, 48, bias).double()
+    x = torch.randn(2, rows, 10, dtype=torch.float64, requires_grad=True)
+    tensors = (x, *layer.parameters(), *before.parameters())
+    expected = F.linear(before(x), layer.weight, layer.bias)
+    y = linear_after(before, layer, x)
+    assert (y - expected).abs().max() < 1e-12
+    for a, b in zip(gradients(y, *tensors), gradients(expected, *tensors), strict=True):
+        assert (a - b).abs().max() < 1e-12
 
 
-def test_large_products_take_onednn_only_in_float32(monkeypatch):
-    calls = []
-    monkeypatch.setattr("perceiver.attention.has_fast_onednn", lambda: True)
-    monkeypatch.setattr(OneDNNLinear, "apply", lambda *args: calls.append(args) or F.linear(*args))
-    layer = Linear(10, 48)
-    layer(torch.randn(2, 17, 10))
-    assert len(calls) == 1
-    layer(torch.randn(32, 10))  # few rows
-    layer.double()(torch.randn(2, 17, 10, dtype=torch.float64))
+def test_our_linear_computes_only_gradients_that_are_needed():
+    norm, layer = nn.LayerNorm(10), Linear(10, 48)
+    x = torch.randn(2, 20, 10)
+    norm.weight.requires_grad = layer.weight.requires_grad = False
+    linear_after(norm, layer, x).sum().backward()
+    assert x.grad is norm.weight.grad is layer.weight.grad is None
+    assert norm.bias.grad.abs().sum() > 0 and (layer.bias.grad == 40).all()
+
+
+def test_our_linear_under_autocast_equals_pytorchs():
+    norm, layer = nn.LayerNorm(10), Linear(10, 48)
+    x = torch.randn(2, 20, 10, requires_grad=True)
+    tensors = (x, *layer.parameters(), *norm.parameters())
     with torch.autocast("cpu", torch.bfloat16):
-        layer.float()(torch.randn(2, 17, 10))
-    assert len(calls) == 1
+        y = linear_after(norm, layer, x)
+        expected = F.linear(norm(x), layer.weight, layer.bias)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+    for tensor, a, b in zip(tensors, gradients(y, *tensors), gradients(expected, *tensors)):
+        assert a.dtype == tensor.dtype
+        assert (a - b).abs().max() <= 0.01 * b.abs().max()
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_training_keeps_neither_weights_nor_what_is_cheap_to_compute(autocast):
+    """Of an MLP, only the inputs and what enters the activation."""
+    mlp = MLP(64, 4)
+    x = torch.randn(2, 30, 64, requires_grad=True)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = mlp(x)
+    parameters = {parameter.data_ptr() for parameter in mlp.parameters()}
+    shapes = sorted(tuple(tensor.shape) for place, tensor in kept.items() if place not in parameters)
+    assert shapes == [(2, 30, 64), (2, 30, 256)]
+    y.float().sum().backward()
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this version of torch has no switch")
+def test_onednns_products_are_float32(monkeypatch):
+    """`linear` takes them only where they are fast. Here it must; a CPU without AVX-512 then falls back to MKL."""
+    seen = []
+    monkeypatch.setattr("perceiver.attention.has_fast_onednn", lambda: True)
+    monkeypatch.setattr("perceiver.attention.onednn_products", lambda: seen.append(1) or onednn_products())
+    layer = Linear(100, 48)
+    exact = deepcopy(layer).double()
+    x = torch.randn(4, 30, 100, requires_grad=True)
+    x_exact = x.detach().double().requires_grad_()
+    tensors = (layer(x), *gradients(layer(x), x, *layer.parameters()))
+    assert len(seen) == 3  # two forward passes and a backward pass
+    expected = (exact(x_exact), *gradients(exact(x_exact), x_exact, *exact.parameters()))
+    for a, b in zip(tensors, expected, strict=True):
+        assert (a - b).abs().max() < 3e-6 * b.abs().max()
+    assert len(seen) == 3  # float64 does without
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # the switch is back
 
 
 @pytest.mark.parametrize("n, m, causal", [(100, 100, True), (60, 200, True), (60, 200, False)])
