@@ -210,30 +210,27 @@ def sinusoids(positions: Tensor, num_channels: int, dtype: torch.dtype) -> Tenso
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that computes with the function `linear`."""
+    """`nn.Linear` that takes less time and memory on the CPU (see `product` and `CPULinear`)."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, before: nn.Module | None = None) -> Tensor:
+        """`before` is a cheap module to apply to x first, such as a LayerNorm or a GELU.
+
+        In training on the CPU, the backward pass computes before(x) again, instead of keeping it.
+        """
+        return linear(x, self.weight, self.bias, before)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear`; on the CPU with less time and memory (see `product` and `CPULinear`)."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, before: nn.Module | None = None) -> Tensor:
+    """The function of `Linear`."""
     if trains_on_cpu(x):
-        return CPULinear.apply(None, x, weight, bias)
+        parameters = () if before is None else before.parameters()
+        return CPULinear.apply(before, x, weight, bias, *parameters)
+    if before is not None:
+        x = before(x)
     return product(x, weight, bias)
 
 
-def linear_after(before: nn.Module, layer: nn.Linear, x: Tensor) -> Tensor:
-    """layer(before(x)), where `before` is cheap, such as a LayerNorm or a GELU.
-
-    In training on the CPU, the backward pass computes before(x) again, instead of keeping it.
-    """
-    if trains_on_cpu(x):
-        return CPULinear.apply(before, x, layer.weight, layer.bias, *before.parameters())
-    return layer(before(x))
-
-
-def converted(x: Tensor) -> Tensor:
+def to_autocast_dtype(x: Tensor) -> Tensor:
     """x in the dtype of autocast. Several linear maps of x would each convert it, and keep their own copy."""
     device = x.device.type
     if x.dtype == torch.float32 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -246,7 +243,7 @@ def trains_on_cpu(x: Tensor) -> bool:
 
 
 class CPULinear(torch.autograd.Function):
-    """`linear` and `linear_after` for training on the CPU.
+    """`linear` for training on the CPU.
 
     Under autocast, PyTorch would keep the weights in bfloat16 for the backward pass, which is as much as half of the
     parameters. This converts them again, and computes the result of `before` again. A training step of the masked
@@ -507,7 +504,7 @@ class Attention(nn.Module):
             return Unprojected(x, key_weight, value_weight)
         if norm is not None:
             x_kv = norm(x_kv)
-        x_kv = converted(x_kv)
+        x_kv = to_autocast_dtype(x_kv)
         qk_width, v_width = self.head_widths(x_kv.device)
         k = self.project(self.k, x_kv, qk_width)
         v = self.project(self.v, x_kv, v_width)

@@ -27,7 +27,10 @@ class Int8Linear(nn.Module):
         """The weights (out, in) in floating point."""
         return self.weight_int8 * self.scale
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, before: nn.Module | None = None) -> Tensor:
+        """`before` is a module to apply to x first."""
+        if before is not None:
+            x = before(x)
         if x.numel() > x.shape[-1]:  # several rows
             return F.linear(x, self.weight, self.bias)
         products = self.weight_int8 * x.flatten()

@@ -27,12 +27,11 @@ from perceiver.attention import (
     LayerCache,
     Linear,
     Unprojected,
-    converted,
     linear,
-    linear_after,
     mask_of_padding,
     rotary_angles,
     sinusoids,
+    to_autocast_dtype,
 )
 
 # Types of config fields with their rules. config.py checks the rules when it reads a config.
@@ -75,8 +74,8 @@ class MLP(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         norm, widen, activation, narrow = self
-        hidden = linear_after(norm, widen, x)
-        return linear_after(activation, narrow, hidden)
+        hidden = widen(x, before=norm)
+        return narrow(hidden, before=activation)
 
 
 class CrossAttentionLayer(nn.Module):
@@ -149,7 +148,7 @@ class SelfAttentionLayer(nn.Module):
 
     def forward(self, x: Tensor, **kwargs) -> Tensor:
         """(B, N, C) -> (B, N, C). The keywords are those of `Attention.forward`."""
-        h = converted(self.norm(x))
+        h = to_autocast_dtype(self.norm(x))
         x = x + self.dropout(self.attention(h, h, **kwargs))
         return x + self.dropout(self.mlp(x))
 

@@ -13,7 +13,6 @@ from perceiver.attention import (
     Linear,
     Unprojected,
     attend,
-    linear_after,
     onednn_products,
     rotary_angles,
     rotate,
@@ -275,7 +274,7 @@ def test_gradients_of_our_linear_equal_pytorchs(rows, bias, before):
     x = torch.randn(2, rows, 10, dtype=torch.float64, requires_grad=True)
     tensors = (x, *layer.parameters(), *before.parameters())
     expected = F.linear(before(x), layer.weight, layer.bias)
-    y = linear_after(before, layer, x)
+    y = layer(x, before)
     assert (y - expected).abs().max() < 1e-12
     for a, b in zip(gradients(y, *tensors), gradients(expected, *tensors), strict=True):
         assert (a - b).abs().max() < 1e-12
@@ -285,7 +284,7 @@ def test_our_linear_computes_only_gradients_that_are_needed():
     norm, layer = nn.LayerNorm(10), Linear(10, 48)
     x = torch.randn(2, 20, 10)
     norm.weight.requires_grad = layer.weight.requires_grad = False
-    linear_after(norm, layer, x).sum().backward()
+    layer(x, norm).sum().backward()
     assert x.grad is norm.weight.grad is layer.weight.grad is None
     assert norm.bias.grad.abs().sum() > 0 and (layer.bias.grad == 40).all()
 
@@ -295,7 +294,7 @@ def test_our_linear_under_autocast_equals_pytorchs():
     x = torch.randn(2, 20, 10, requires_grad=True)
     tensors = (x, *layer.parameters(), *norm.parameters())
     with torch.autocast("cpu", torch.bfloat16):
-        y = linear_after(norm, layer, x)
+        y = layer(x, norm)
         expected = F.linear(norm(x), layer.weight, layer.bias)
     assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
     for tensor, a, b in zip(tensors, gradients(y, *tensors), gradients(expected, *tensors)):
