@@ -13,6 +13,7 @@ from perceiver.attention import (
     Linear,
     Unprojected,
     attend,
+    has_fast_onednn,
     onednn_products,
     rotary_angles,
     rotate,
@@ -339,6 +340,18 @@ def test_onednns_products_are_float32(monkeypatch):
         assert (a - b).abs().max() < 3e-6 * b.abs().max()
     assert len(seen) == 3  # float64 does without
     assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"  # the switch is back
+
+
+@pytest.mark.parametrize("capabilities", [{}, {"avx512_bf16": True, "avx512_fp16": True}])
+def test_onednn_is_not_taken_on_other_cpus(monkeypatch, capabilities):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert not has_fast_onednn.__wrapped__()
+
+
+def test_onednn_is_not_taken_if_it_rounds_to_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.setattr("perceiver.attention.onednn_products", lambda: torch.autocast("cpu", torch.bfloat16))
+    assert not has_fast_onednn.__wrapped__()
 
 
 @pytest.mark.parametrize("n, m, causal", [(100, 100, True), (60, 200, True), (60, 200, False)])
