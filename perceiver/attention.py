@@ -6,7 +6,7 @@ Letters in shapes:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
@@ -39,13 +39,7 @@ def attend(
         width = max(q.shape[-1], v.shape[-1])
         padded = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
         return attend(*padded, mask, causal, dropout, scale)[..., : v.shape[-1]]
-    # In bfloat16 on the CPU, plain matrix products take half the time of PyTorch's kernel.
-    num_weights = q[..., 0].numel() * m
-    narrow = q.dtype == torch.bfloat16 and num_weights <= 2**25
-    plain = q.is_cpu and (unequal or narrow or dropout > 0)
-    sdpa = plain_attention if plain else F.scaled_dot_product_attention
-    if unequal and dropout == 0 and trains_on_cpu(q):  # keep no weights, like the fast kernel
-        sdpa = partial(checkpoint, plain_attention, use_reentrant=False, preserve_rng_state=False)
+    sdpa = attention_kernel(q, k, v, dropout)
     if mask is None:
         if causal and n == m and n <= 1024 and q.is_cpu and dropout == 0 and not unequal:
             return causal_self_attention(sdpa, q, k, v, scale)
@@ -70,7 +64,20 @@ def attend(
     return x.masked_fill(fully_masked, 0.0)
 
 
-def causal_self_attention(sdpa, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attention_kernel(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Callable[..., Tensor]:
+    """The function for `attend`: F.scaled_dot_product_attention, or on the CPU another one where it is better."""
+    if not q.is_cpu:
+        return F.scaled_dot_product_attention
+    unequal = q.shape[-1] != v.shape[-1]
+    if unequal and dropout == 0 and trains_on_cpu(q):  # keep no weights for the backward pass, like PyTorch's kernel
+        return partial(checkpoint, plain_attention, use_reentrant=False, preserve_rng_state=False)
+    # In bfloat16, plain matrix products take half the time of PyTorch's kernel. But they hold all weights.
+    num_weights = q[..., 0].numel() * k.shape[-2]
+    narrow = q.dtype == torch.bfloat16 and num_weights <= 2**25
+    return plain_attention if unequal or narrow or dropout > 0 else F.scaled_dot_product_attention
+
+
+def causal_self_attention(sdpa: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Causal attention with N = M on the CPU, by `sdpa`, which computes scores of keys that a query does not see.
 
     A quarter of the queries at a time skips many of these. For 512 positions, forward and backward passes take 0.7 of
